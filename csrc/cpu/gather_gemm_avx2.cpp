@@ -1,0 +1,8 @@
+#define SPARSEGAN_ISA "avx2"
+#define SPARSEGAN_KERNELS avx2_kernels
+#if defined(__x86_64__)
+#include "gather_gemm_impl.h"
+#else
+#include "gather_gemm.h"
+const sparsegan::Kernels* sparsegan::SPARSEGAN_KERNELS() { return nullptr; }
+#endif

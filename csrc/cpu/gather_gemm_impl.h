@@ -1,0 +1,532 @@
+// The kernels of gather_gemm.h over the vector type of simd.h. Included by one file an instruction set, which defines
+// SPARSEGAN_ISA (the name) and SPARSEGAN_KERNELS (the function that gives out the table).
+#pragma once
+#include <chrono>
+#include <cstring>
+
+#include "gather_gemm.h"
+#include "simd.h"
+
+namespace sparsegan {
+namespace {
+
+using S = Simd;
+constexpr int kMaxR = 8;
+constexpr int kMaxV = S::kMaxV4 > S::kMaxV8 ? S::kMaxV4 : S::kMaxV8;
+constexpr int kTileWords = 32 * S::kLanes;  // the largest R * V tile
+static_assert(8 * S::kMaxV8 <= 32 && 4 * S::kMaxV4 <= 32, "a tile must fit kTileWords");
+
+// ---- the three number formats: what a lane holds and how it is multiplied ----------------------------------------------------
+
+struct Int8 {
+  using Acc = S::I;
+  using X = S::X8;
+  static X load_x(const uint8_t* p) { return S::split_x(S::load(p)); }
+  static S::W8 load_w(const uint8_t* p) { return S::split_w(S::broadcast(p)); }
+  static void dot(Acc& acc, const X& x, const S::W8& w) { S::dot8(acc, x, w); }
+  static void hide(X& x) { S::hide(x); }
+  static Acc start(int32_t v) { return S::set1(v); }
+  static S::I bits(Acc acc) { return S::as_i(S::to_float(acc)); }
+  static constexpr Format kFormat = Format::kInt8;
+};
+
+struct BFloat16 {
+  struct Pair {
+    S::F lo, hi;
+  };
+  using Acc = S::F;
+  using X = Pair;
+  static Pair split(S::I v) { return {S::as_f(S::shift_left<16>(v)), S::as_f(S::bit_and(v, S::set1(int32_t(0xFFFF0000))))}; }
+  static X load_x(const uint8_t* p) { return split(S::load(p)); }
+  static Pair load_w(const uint8_t* p) { return split(S::broadcast(p)); }
+  static void dot(Acc& acc, const X& x, const Pair& w) {
+    S::fma(acc, x.lo, w.lo);
+    S::fma(acc, x.hi, w.hi);
+  }
+  static void hide(X& x) { S::hide(x.lo), S::hide(x.hi); }
+  static Acc start(int32_t) { return S::set1(0.0f); }
+  static S::I bits(Acc acc) { return S::as_i(acc); }
+  static constexpr Format kFormat = Format::kBFloat16;
+};
+
+struct Float32 {
+  using Acc = S::F;
+  using X = S::F;
+  static X load_x(const uint8_t* p) { return S::as_f(S::load(p)); }
+  static S::F load_w(const uint8_t* p) { return S::as_f(S::broadcast(p)); }
+  static void dot(Acc& acc, const X& x, const S::F& w) { S::fma(acc, x, w); }
+  static void hide(X& x) { S::hide(x); }
+  static Acc start(int32_t) { return S::set1(0.0f); }
+  static S::I bits(Acc acc) { return S::as_i(acc); }
+  static constexpr Format kFormat = Format::kFloat32;
+};
+
+// ---- the tile: R output channels x V vectors ---------------------------------------------------------------------------------
+
+struct TileInput {
+  const uint8_t* x[kMaxV] = {};  // first byte of each vector at raster pixel (p, q), before the block's offset
+  const int64_t* offsets;        // [taps * input blocks]
+  const int32_t* cols;           // of this row's blocks
+  const uint8_t* values;
+  int64_t blocks;
+  int64_t plane_bytes;   // from one lane plane of a block to the next
+  const int32_t* start;  // [R] or nullptr for zeros
+};
+
+// acc: [R][V][lanes] float32
+template <class T, int R, int V>
+void compute_tile(const TileInput& in, int32_t* acc_out) {
+  constexpr int kSteps = block_planes(T::kFormat);
+  constexpr int kRowBytes = kBlockK * element_bytes(T::kFormat);
+  typename T::Acc acc[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) acc[r][v] = T::start(in.start ? in.start[r] : 0);
+  const uint8_t* x[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; v++) x[v] = in.x[v];
+  const uint8_t* w = in.values;
+  const int32_t* const end = in.cols + in.blocks;
+  for (const int32_t* col = in.cols; col != end; col++, w += R * kRowBytes) {
+    int64_t offset = in.offsets[*col];
+#pragma GCC unroll 4
+    for (int step = 0; step < kSteps; step++, offset += in.plane_bytes) {
+      typename T::X xs[V];  // [4 / kSteps channels] x [lanes]
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) xs[v] = T::load_x(x[v] + offset);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const auto ws = T::load_w(w + r * kRowBytes + step * 4);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) T::dot(acc[r][v], xs[v], ws);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) S::store(acc_out + (r * V + v) * S::kLanes, T::bits(acc[r][v]));
+}
+
+template <class T>
+void compute_tile(int64_t block_o, int vectors, const TileInput& in, int32_t* acc) {
+  if (block_o == 8) {
+    if (vectors == 1) return compute_tile<T, 8, 1>(in, acc);
+    if constexpr (S::kMaxV8 >= 2)
+      if (vectors == 2) return compute_tile<T, 8, 2>(in, acc);
+    if constexpr (S::kMaxV8 >= 3)
+      if (vectors == 3) return compute_tile<T, 8, 3>(in, acc);
+  } else {
+    if (vectors == 1) return compute_tile<T, 4, 1>(in, acc);
+    if constexpr (S::kMaxV4 >= 2)
+      if (vectors == 2) return compute_tile<T, 4, 2>(in, acc);
+    if constexpr (S::kMaxV4 >= 3)
+      if (vectors == 3) return compute_tile<T, 4, 3>(in, acc);
+    if constexpr (S::kMaxV4 >= 4)
+      if (vectors == 4) return compute_tile<T, 4, 4>(in, acc);
+  }
+}
+
+// ---- epilogue: accumulators to words of the output's lanes -------------------------------------------------------------------
+
+template <Activation kActivation>
+S::F activate(S::F y, float slope) {
+  const S::F zero = S::set1(0.0f);
+  if constexpr (kActivation == Activation::kRelu) return S::max(zero, y);
+  if constexpr (kActivation == Activation::kLeakyRelu) return S::select_lt(zero, y, y, S::mul(y, S::set1(slope)));
+  if constexpr (kActivation == Activation::kTanh) return simd_tanh(y);
+  if constexpr (kActivation == Activation::kSigmoid) return simd_sigmoid(y);
+  return y;
+}
+
+// Word rows of the result: `dst(i, v)` is where word row i, vector v goes.
+struct WordTarget {
+  int32_t* row[kMaxR];  // nullptr: not wanted (padding rows)
+  int64_t col[kMaxV];   // in words
+  int count[kMaxV];     // words of the vector that exist
+  void put(int i, int v, S::I words) const {
+    if (row[i]) S::store_partial(row[i] + col[v], words, count[v]);
+  }
+};
+
+// acc [R][V][lanes] -> word rows: one a packed row (f32, and int8/bf16 that cannot be packed whole), or one a lane plane.
+template <Activation kActivation>
+void finish_rows(const int32_t* acc, int block_o, int vectors, const Epilogue& e, int64_t row, Format out, bool whole_lanes,
+                 const WordTarget& target) {
+  auto value = [&](int r, int v) {
+    const S::F a = S::load_f(reinterpret_cast<const float*>(acc) + (r * vectors + v) * S::kLanes);
+    return activate<kActivation>(S::madd(a, S::set1(e.scale[row + r]), S::set1(e.bias[row + r])), e.slope);
+  };
+  if (out == Format::kInt8) {
+    auto quantized = [&](int r, int v) { return simd_quantize(value(r, v), e.out_inv_scale); };
+    if (whole_lanes) {
+      for (int i = 0; i < block_o / 4; i++)
+        for (int v = 0; v < vectors; v++)
+          target.put(i, v,
+                     S::pack4(quantized(4 * i, v), quantized(4 * i + 1, v), quantized(4 * i + 2, v), quantized(4 * i + 3, v),
+                              e.out_zero));
+    } else {
+      for (int r = 0; r < block_o; r++)
+        for (int v = 0; v < vectors; v++) {
+          const S::I q = quantized(r, v);
+          target.put(r, v, S::pack4(q, q, q, q, e.out_zero));
+        }
+    }
+  } else if (out == Format::kBFloat16) {
+    if (whole_lanes) {
+      for (int i = 0; i < block_o / 2; i++)
+        for (int v = 0; v < vectors; v++) target.put(i, v, simd_pack_bf16(value(2 * i, v), value(2 * i + 1, v)));
+    } else {
+      for (int r = 0; r < block_o; r++)
+        for (int v = 0; v < vectors; v++) target.put(r, v, simd_pack_bf16(value(r, v), S::set1(0.0f)));
+    }
+  } else {
+    for (int r = 0; r < block_o; r++)
+      for (int v = 0; v < vectors; v++) target.put(r, v, S::as_i(value(r, v)));
+  }
+}
+
+using FinishRows = void (*)(const int32_t*, int, int, const Epilogue&, int64_t, Format, bool, const WordTarget&);
+constexpr FinishRows kFinishRows[] = {// by Activation
+                                      finish_rows<Activation::kNone>, finish_rows<Activation::kRelu>,
+                                      finish_rows<Activation::kLeakyRelu>, finish_rows<Activation::kTanh>,
+                                      finish_rows<Activation::kSigmoid>};
+
+// ---- a task -----------------------------------------------------------------------------------------------------------------
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t vectors_per_image(const Plan& plan) {
+  if (plan.flat) return ceil_div((plan.raster_h - 1) * plan.in.cols + plan.raster_w, S::kLanes);
+  return plan.raster_h * ceil_div(plan.raster_w, S::kLanes);
+}
+
+Split make_split(const GatherGemm& op, int threads) {
+  const PackedWeight& w = *op.weight;
+  const Plan& plan = *op.plan;
+  Split s;
+  s.vectors = vectors_per_image(plan) * (plan.in.batch_in_cols ? 1 : plan.in.images);
+  s.tiles = ceil_div(s.vectors, w.block_o == 8 ? S::kMaxV8 : S::kMaxV4);
+  s.phase_rows = int64_t(plan.phases.size()) / plan.interleave;
+  s.strip = ceil_div(s.tiles, ceil_div(ceil_div(s.tiles, 16), threads) * threads);
+  // 128 output channels a task keep the tile's input in L1 while the weights pass; fewer when tasks would not go round.
+  s.row_group = 128 / w.block_o;
+  while (s.row_group > 1 && s.tiles * s.phase_rows * ceil_div(w.rows, s.row_group) < 6 * threads) s.row_group /= 2;
+  s.row_groups = ceil_div(w.rows, s.row_group);
+  s.whole_lanes = true;
+  const int per_lane = lane_channels(op.out_layout->format);
+  for (int64_t r = 0; per_lane > 1 && r < w.rows * w.block_o; r += per_lane) {
+    const int32_t first = w.row_channels[r];
+    bool whole = first < 0 || first % per_lane == 0;
+    for (int i = 1; i < per_lane; i++) {
+      const int32_t channel = w.row_channels[r + i];
+      whole &= channel < 0 ? first < 0 || first + i >= w.out_channels : channel == first + i;
+    }
+    s.whole_lanes &= whole;
+  }
+  return s;
+}
+
+// A run of pixels that lie one after another in the tile and in an output row.
+struct Segment {
+  int64_t tile_word;  // first word in a word row of the tile (interleaved)
+  int64_t count;      // words
+  int64_t n, y, x;    // output pixel of the first word
+  int64_t lane;       // where that is in a plane of the output
+};
+
+// Output pixels from one word of a segment to the next: 1 where all phases of an output row are interleaved.
+int64_t pixel_step(const Plan& plan) { return plan.step_w / plan.interleave; }
+
+constexpr int kMaxSegments = kMaxV * S::kLanes;
+
+// The raster pixels of vectors [first, first + vectors) as segments of the output, and where their inputs start.
+struct TilePixels {
+  const uint8_t* x[kMaxV];
+  Segment segments[kMaxSegments];
+  int count = 0;
+};
+
+void find_pixels(const GatherGemm& op, int64_t first, int vectors, const OutputPhase& phase, TilePixels* tile) {
+  const Plan& plan = *op.plan;
+  const LaneLayout& in = plan.in;
+  const int64_t per_image = vectors_per_image(plan), per_row = ceil_div(plan.raster_w, S::kLanes);
+  tile->count = 0;
+  for (int v = 0; v < vectors; v++) {
+    const int64_t n = (first + v) / per_image, index = (first + v) % per_image;
+    int64_t p, q, lanes;  // of the vector's first lane
+    if (plan.flat) {
+      p = index * S::kLanes / in.cols, q = index * S::kLanes % in.cols, lanes = S::kLanes;
+    } else {
+      p = index / per_row, q = index % per_row * S::kLanes, lanes = plan.raster_w - q;
+      if (lanes > S::kLanes) lanes = S::kLanes;
+    }
+    tile->x[v] = op.in + 4 * (n * (in.batch_in_cols ? 0 : in.image_stride) + p * in.row_stride + q);
+    for (int64_t lane = 0; lane < lanes && p < plan.raster_h; p++, q = 0) {
+      // up to the end of the raster row; in a flat layout the ring pixels behind it are computed and dropped
+      int64_t run = plan.raster_w - q, pitch = plan.flat ? in.cols - q : lanes;
+      if (pitch > lanes - lane) pitch = lanes - lane;
+      if (run > pitch) run = pitch;
+      const int64_t y = phase.y0 + p * plan.step_h, x = phase.x0 + q * plan.step_w;
+      const int64_t width = in.batch_in_cols ? plan.raster_w : plan.out_w;
+      int64_t words = run * plan.interleave;
+      if (!in.batch_in_cols && words > ceil_div(width - x, pixel_step(plan))) words = ceil_div(width - x, pixel_step(plan));
+      if (run > 0 && words > 0 && y < plan.out_h) {
+        const int64_t image = in.batch_in_cols ? q : n, out_x = in.batch_in_cols ? phase.x0 : x;
+        tile->segments[tile->count++] = {(v * S::kLanes + lane) * plan.interleave, words, image, y, out_x,
+                                         op.out_layout->at(image, y, out_x)};
+      }
+      lane += pitch;
+    }
+  }
+}
+
+// Copies a word row of the tile to its pixels: all 4 bytes of their lanes in `plane`, or the low bytes of a word to one channel.
+template <class Word>
+void scatter(const int32_t* words, const TilePixels& tile, const Plan& plan, const LaneLayout& out, uint8_t* plane) {
+  const bool batch = plan.in.batch_in_cols;
+  const int64_t step = batch ? out.image_stride : pixel_step(plan);  // lanes from word to word
+  const bool split_phases = !batch && out.phases_w > 1;              // there is no such step
+  for (int i = 0; i < tile.count; i++) {
+    const Segment& s = tile.segments[i];
+    const int32_t* from = words + s.tile_word;
+    if (sizeof(Word) == 4 && step == 1 && !split_phases) {
+      int32_t* to = reinterpret_cast<int32_t*>(plane) + s.lane;
+      int64_t j = 0;
+      for (; j + S::kLanes <= s.count; j += S::kLanes) S::store(to + j, S::load(from + j));
+      if (j < s.count) S::store_partial(to + j, S::load(from + j), int(s.count - j));
+    } else {
+      for (int64_t j = 0; j < s.count; j++) {
+        const int64_t lane = split_phases ? out.at(s.n, s.y, s.x + j * step) : s.lane + j * step;
+        const Word word = Word(from[j]);
+        std::memcpy(plane + 4 * lane, &word, sizeof(Word));
+      }
+    }
+  }
+}
+
+template <class T>
+void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t row, int64_t phase_row) {
+  const Plan& plan = *op.plan;
+  const PackedWeight& w = *op.weight;
+  const LaneLayout& out = *op.out_layout;
+  const int block_o = int(w.block_o), per_lane = lane_channels(out.format);
+  const int interleave = int(plan.interleave);
+  const int word_rows = split.whole_lanes ? block_o / per_lane : block_o;
+  const int64_t words = int64_t(vectors) * S::kLanes;
+  const int32_t* channels = w.row_channels + row * block_o;
+
+  TileInput in;
+  for (int v = 0; v < vectors; v++) in.x[v] = tile.x[v];
+  in.offsets = plan.offsets.data();
+  in.plane_bytes = 4 * plan.in.plane_stride;
+
+  // Full vectors of one image row go straight to their plane, everything else by way of a buffer in L1.
+  const bool direct = plan.step_w == 1 && !plan.flat && !plan.in.batch_in_cols && out.phases_w == 1 && tile.count == vectors &&
+                      (split.whole_lanes || out.format == Format::kFloat32);
+  alignas(64) int32_t acc[kTileWords];
+  alignas(64) int32_t buffer[kMaxInterleave][kTileWords];
+  WordTarget target;
+  for (int i = 0; i < word_rows; i++) {
+    const int32_t channel = channels[split.whole_lanes ? i * per_lane : i];
+    target.row[i] = channel < 0 ? nullptr : buffer[0] + i * words;
+    if (direct && channel >= 0) target.row[i] = reinterpret_cast<int32_t*>(op.out) + channel / per_lane * out.plane_stride;
+  }
+  for (int v = 0; v < vectors; v++) {
+    target.col[v] = direct ? tile.segments[v].lane : v * S::kLanes;
+    target.count[v] = direct ? int(tile.segments[v].count) : S::kLanes;
+  }
+
+  for (int b = 0; b < interleave; b++) {
+    const int64_t index = phase_row * interleave + b;
+    const OutputPhase& phase = plan.phases[index];
+    const int64_t begin = w.tap_ptr[row * w.taps + phase.tap_begin], end = w.tap_ptr[row * w.taps + phase.tap_end];
+    in.cols = w.cols + begin;
+    in.values = w.values + begin * block_o * kBlockK * element_bytes(T::kFormat);
+    in.blocks = end - begin;
+    in.start = plan.init.empty() ? nullptr : plan.init.data() + (index * w.rows + row) * block_o;
+    compute_tile<T>(block_o, vectors, in, acc);
+    if (b > 0)
+      for (int i = 0; i < word_rows; i++)
+        if (target.row[i]) target.row[i] = buffer[b] + i * words;
+    kFinishRows[int(op.epilogue.activation)](acc, block_o, vectors, op.epilogue, row * block_o, out.format, split.whole_lanes,
+                                             target);
+  }
+  if (direct) return;
+
+  for (int i = 0; i < word_rows; i++) {
+    const int32_t channel = channels[split.whole_lanes ? i * per_lane : i];
+    if (channel < 0) continue;
+    alignas(64) int32_t line[kMaxInterleave * kMaxV * S::kLanes];
+    const int32_t* from = buffer[0] + i * words;
+    if (interleave == 2) {
+      for (int64_t j = 0; j < words; j += S::kLanes) {
+        S::I lo, hi;
+        S::interleave(S::load(buffer[0] + i * words + j), S::load(buffer[1] + i * words + j), &lo, &hi);
+        S::store(line + 2 * j, lo);
+        S::store(line + 2 * j + S::kLanes, hi);
+      }
+      from = line;
+    } else if (interleave > 2) {
+      for (int b = 0; b < interleave; b++)
+        for (int64_t j = 0; j < words; j++) line[j * interleave + b] = buffer[b][i * words + j];
+      from = line;
+    }
+    uint8_t* plane = op.out + 4 * (channel / per_lane) * out.plane_stride;
+    // the last bf16 channel writes its padding neighbour too, which must not stay a NaN
+    const bool alone = per_lane == 2 && channel % 2 == 0 && channel + 1 == w.out_channels;
+    if (split.whole_lanes || out.format == Format::kFloat32 || alone)
+      scatter<int32_t>(from, tile, plan, out, plane);
+    else if (out.format == Format::kInt8)
+      scatter<uint8_t>(from, tile, plan, out, plane + channel % per_lane);
+    else
+      scatter<uint16_t>(from, tile, plan, out, plane + 2 * (channel % per_lane));
+  }
+}
+
+void run_task(const GatherGemm& op, const Split& split, int64_t task) {
+  // strips of tiles; in a strip every (phase row, row group), then its tiles
+  const int64_t rest = split.row_groups * split.phase_rows;
+  const int64_t strip = task / (split.strip * rest);
+  const int64_t first_tile = strip * split.strip;
+  const int64_t width = split.tiles - first_tile < split.strip ? split.tiles - first_tile : split.strip;
+  const int64_t in_strip = task - first_tile * rest;
+  const int64_t t = first_tile + in_strip % width, group = in_strip / width % split.row_groups;
+  const int64_t phase_row = in_strip / width / split.row_groups;
+
+  const int64_t first = t * split.vectors / split.tiles, last = (t + 1) * split.vectors / split.tiles;
+  const int vectors = int(last - first);
+  TilePixels tile;
+  find_pixels(op, first, vectors, op.plan->phases[phase_row * op.plan->interleave], &tile);
+  const int64_t row_end = (group + 1) * split.row_group < op.weight->rows ? (group + 1) * split.row_group : op.weight->rows;
+  for (int64_t row = group * split.row_group; row < row_end; row++) {
+    switch (op.weight->format) {
+      case Format::kInt8:
+        run_row<Int8>(op, split, tile, vectors, row, phase_row);
+        break;
+      case Format::kBFloat16:
+        run_row<BFloat16>(op, split, tile, vectors, row, phase_row);
+        break;
+      case Format::kFloat32:
+        run_row<Float32>(op, split, tile, vectors, row, phase_row);
+        break;
+    }
+  }
+}
+
+// ---- float32 tensors to lanes ------------------------------------------------------------------------------------------------
+
+// One row of one image with all its channels, or, where the batch stands in the columns, one block of channels.
+void pack_line(const LaneLayout& l, const SourceTensor& src, float inv_scale, int32_t zero, uint8_t* lanes, int64_t line) {
+  const int per_lane = lane_channels(l.format), block_of_planes = block_planes(l.format);
+  const bool batch = l.batch_in_cols;
+  const int64_t padded_rows = l.rows * l.phases_h;
+  const int64_t n = batch ? 0 : line / padded_rows, r = batch ? 0 : line % padded_rows, y = r - l.top;
+  const int64_t first_plane = batch ? line * block_of_planes : 0, last_plane = batch ? first_plane + block_of_planes : l.planes;
+  const int64_t cols = l.cols * l.phases_w, left = l.left, width = batch ? l.images : l.width;
+  const int64_t col_stride = batch ? src.image_stride : src.col_stride;
+  const bool inside = y >= 0 && y < l.height;
+  const int32_t pad_word = l.format == Format::kInt8 ? zero * 0x01010101 : 0;
+  int32_t* const row = reinterpret_cast<int32_t*>(lanes) + (batch ? 0 : l.at(n, y, -left));
+
+  for (int64_t plane = first_plane; plane < last_plane; plane++) {
+    int32_t* const out = row + plane * l.plane_stride;
+    auto lane = [&](int64_t c) { return l.phases_w == 1 ? c : c % l.phases_w * l.phase_stride + c / l.phases_w; };
+    auto fill = [&](int64_t from, int64_t to) {
+      for (int64_t c = from; c < to; c++) out[lane(c)] = pad_word;
+    };
+    const int64_t channel = plane * per_lane;
+    if (!inside || (!src.data && channel >= l.channels)) {
+      fill(0, cols);
+      continue;
+    }
+    fill(0, left);
+    fill(left + width, cols);
+    if (!src.data) continue;
+
+    const float* x = src.data + n * src.image_stride + channel * src.channel_stride + y * src.row_stride;
+    for (int64_t c = 0; c < width; c += S::kLanes) {
+      const int count = width - c < S::kLanes ? int(width - c) : S::kLanes;
+      auto load = [&](int i) {
+        if (channel + i >= l.channels) return S::set1(0.0f);
+        const float* p = x + i * src.channel_stride + c * col_stride;
+        if (col_stride != 1) return S::gather(p, col_stride, count);
+        return count == S::kLanes ? S::load_f(p) : S::load_partial(p, count);
+      };
+      S::I words;
+      if (l.format == Format::kInt8) {
+        auto q = [&](int i) { return simd_quantize(load(i), inv_scale); };
+        words = S::pack4(q(0), q(1), q(2), q(3), zero);
+      } else if (l.format == Format::kBFloat16) {
+        words = simd_pack_bf16(load(0), load(1));
+      } else {
+        words = S::as_i(load(0));
+      }
+      if (l.phases_w == 1) {
+        S::store_partial(out + left + c, words, count);
+      } else {
+        alignas(64) int32_t buffer[S::kLanes];
+        S::store(buffer, words);
+        for (int i = 0; i < count; i++) out[lane(left + c + i)] = buffer[i];
+      }
+    }
+  }
+}
+
+// ---- the limit ---------------------------------------------------------------------------------------------------------------
+
+template <class T>
+double measure_dot_peak() {
+  // independent accumulators: at least latency x ports (5 x 2), and few enough for the registers
+  constexpr int kChains = S::kLanes == 16 ? 20 : 10;
+  typename T::Acc acc[kChains];
+#pragma GCC unroll 20
+  for (int a = 0; a < kChains; a++) acc[a] = T::start(0);
+  alignas(64) uint8_t bytes[64] = {};
+  auto x = T::load_x(bytes);
+  auto w = T::load_w(bytes);
+  T::hide(w);
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
+  double seconds = 0;
+  int64_t rounds = 0;
+  while (seconds < 0.01) {
+    for (int i = 0; i < 4096; i++) {
+#pragma GCC unroll 20
+      for (int a = 0; a < kChains; a++) {
+        T::hide(x);  // else equal products would be computed once
+        T::dot(acc[a], x, w);
+      }
+    }
+    rounds += 4096;
+    seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  }
+  alignas(64) int32_t sink[S::kLanes];
+#pragma GCC unroll 20
+  for (int a = 0; a < kChains; a++) {
+    S::store(sink, T::bits(acc[a]));
+    asm volatile("" : : "m"(sink));
+  }
+  return double(rounds) * kChains * S::kLanes * lane_channels(T::kFormat) / seconds / 1e9;
+}
+
+double dot_peak(Format format) {
+  switch (format) {
+    case Format::kInt8:
+      return measure_dot_peak<Int8>();
+    case Format::kBFloat16:
+      return measure_dot_peak<BFloat16>();
+    case Format::kFloat32:
+      return measure_dot_peak<Float32>();
+  }
+  return 0;
+}
+
+constexpr Kernels kTable{SPARSEGAN_ISA, S::kLanes, make_split, run_task, pack_line, dot_peak};
+
+}  // namespace
+
+const Kernels* SPARSEGAN_KERNELS() { return &kTable; }
+
+}  // namespace sparsegan

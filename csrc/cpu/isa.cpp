@@ -1,0 +1,55 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace sparsegan {
+namespace {
+
+std::atomic<const Kernels*> forced{nullptr};
+
+const Kernels* find(const std::string& name, const char* asked_by) {
+  std::string names;
+  for (const Kernels* k : available_kernels()) {
+    if (name == k->isa) return k;
+    names += (names.empty() ? "" : ", ") + std::string(k->isa);
+  }
+  throw std::invalid_argument(std::string(asked_by) + ": no instruction set '" + name + "' on this machine; it has " + names);
+}
+
+}  // namespace
+
+const std::vector<const Kernels*>& available_kernels() {
+  static const std::vector<const Kernels*> list = [] {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    auto add = [&](bool cpu_has_it, const Kernels* kernels) {
+      if (cpu_has_it && kernels) found.push_back(kernels);
+    };
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    add(avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"),
+        avx512_vnni_kernels());
+    add(avx2 && __builtin_cpu_supports("avxvnni"), avx2_vnni_kernels());
+    add(avx2, avx2_kernels());
+#endif
+    found.push_back(portable_kernels());
+    return found;
+  }();
+  return list;
+}
+
+const Kernels* current_kernels() {
+  if (const Kernels* k = forced.load()) return k;
+  static const Kernels* const standard = [] {
+    const char* name = std::getenv("SPARSEGAN_ISA");
+    return name && *name ? find(name, "SPARSEGAN_ISA") : available_kernels().front();
+  }();
+  return standard;
+}
+
+void force_isa(const std::string& name) { forced = name.empty() ? nullptr : find(name, "set_isa"); }
+
+}  // namespace sparsegan
