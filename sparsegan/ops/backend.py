@@ -1,0 +1,156 @@
+"""Which code runs an op: a table of backends an op, the choice between them, and the extension they come from.
+
+The order of choice: the explicit argument, then `SPARSEGAN_BACKEND`, then the first backend that does not refuse. A backend
+that was named never falls back to another: the error lists every backend and why it refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..formats import FIELDS, PackedWeight, unpack
+
+ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid")  # in the order of csrc/packed.h
+
+# The schemas of all ops live in Python, next to their reference; the extension adds implementations.
+LIBRARY = torch.library.Library("sparsegan", "DEF")
+LIBRARY.define("set_isa(str name) -> ()")
+LIBRARY.define("isa() -> str")
+LIBRARY.define("available_isas() -> str")
+LIBRARY.define("dot_peak(ScalarType dtype) -> float")
+
+try:
+    importlib.import_module("sparsegan._C")
+    _EXTENSION_ERROR: str | None = None
+except ImportError as error:
+    _EXTENSION_ERROR = f"sparsegan._C is not built or does not load: {error}"
+
+_ENVIRONMENT = os.environ.get("SPARSEGAN_BACKEND") or None
+
+
+class BackendError(RuntimeError):
+    """The wanted backend, or every backend, refuses an input."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op.
+
+    name:   what users call it.
+    refuse: given x, says why this backend cannot run it, or None.
+    run:    the op, with the arguments of its schema.
+    """
+
+    name: str
+    refuse: Callable[[Tensor], str | None]
+    run: Callable[..., Tensor]
+
+
+def refuse_cpu(x: Tensor) -> str | None:
+    """Why the C++ kernels cannot take x, or None."""
+    if _EXTENSION_ERROR is not None:
+        return f"{_EXTENSION_ERROR} (install a C++ compiler and reinstall sparsegan)"
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, the kernels run on the CPU"
+    return None
+
+
+def refuse_nothing(x: Tensor) -> str | None:
+    return None
+
+
+def choose(op: str, table: Sequence[Backend], x: Tensor, requested: str | None) -> Backend:
+    """The backend that runs `op` on x. Raises BackendError as the module text says."""
+    name = requested or _ENVIRONMENT
+    for backend in table:
+        if (name is None or backend.name == name) and backend.refuse(x) is None:
+            return backend
+    reasons = [f"  {b.name}: {b.refuse(x) or 'available'}" for b in table]
+    wanted = f"no backend {name!r}" if name else "no backend"
+    raise BackendError("\n".join([f"{op}: {wanted} can run this input", *reasons]))
+
+
+def extension_error() -> str | None:
+    """Why the C++ extension is missing, or None when it is loaded."""
+    return _EXTENSION_ERROR
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this build has and this CPU runs, best first; empty without the extension."""
+    return [] if _EXTENSION_ERROR else torch.ops.sparsegan.available_isas().split()
+
+
+def isa() -> str | None:
+    """The instruction set in use; None without the extension. Raises RuntimeError when SPARSEGAN_ISA is wrong."""
+    return None if _EXTENSION_ERROR else torch.ops.sparsegan.isa()
+
+
+def set_isa(name: str | None) -> None:
+    """Force an instruction set of `available_isas()` in the whole process; None returns to the default.
+
+    Raises RuntimeError for a name this machine does not have, or without the extension.
+    """
+    if _EXTENSION_ERROR:
+        raise RuntimeError(_EXTENSION_ERROR)
+    torch.ops.sparsegan.set_isa(name or "")
+
+
+def dot_peak(dtype: torch.dtype = torch.int8) -> float:
+    """Giga multiply-adds a second that the dot-product instruction of `dtype` reaches on all threads from registers.
+
+    The ceiling of the kernels, measured now (about 10 ms); 0.0 without the extension. dtype: int8, bfloat16 or float32.
+    """
+    return 0.0 if _EXTENSION_ERROR else torch.ops.sparsegan.dot_peak(dtype)
+
+
+def check_input(op: str, x: Tensor, dims: int, in_channels: int) -> None:
+    """Raise ValueError or TypeError unless x is float32 with `dims` dimensions and the weight's channels."""
+    if x.dtype != torch.float32:
+        raise TypeError(f"{op}: x is {x.dtype}, wanted torch.float32; call x.float()")
+    layout = "[N, C, H, W]" if dims == 4 else "[..., C]"
+    if (dims == 4 and x.dim() != 4) or x.dim() < 1:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted {layout}")
+    channels = x.shape[1] if dims == 4 else x.shape[-1]
+    if channels != in_channels:
+        raise ValueError(
+            f"{op}: x has {channels} channels (shape {tuple(x.shape)}), the weight takes {in_channels}"
+        )
+
+
+def quantize_input(x: Tensor, values: Tensor, x_scale: float, x_zero: int) -> Tensor:
+    """x as the kernels see it, in float64: for int8 whole numbers with the zero point already taken off."""
+    if values.dtype == torch.int8:
+        inverse = torch.tensor(1.0 / x_scale, dtype=torch.float32, device=x.device)
+        steps = torch.nan_to_num(x * inverse, nan=-float(x_zero), posinf=255.0, neginf=-255.0)
+        return torch.round(steps.clamp(-float(x_zero), 255.0 - float(x_zero))).double()
+    return x.to(values.dtype).double()
+
+
+def finish(acc: Tensor, scale: Tensor, bias: Tensor, activation: str, slope: float, dim: int) -> Tensor:
+    """act(acc * scale + bias) in float32, rounded once as the kernels do; the channels of acc are dimension `dim`."""
+    shape = [-1 if i == dim else 1 for i in range(acc.dim())]
+    y = (acc.float().double() * scale.double().view(shape) + bias.double().view(shape)).float().contiguous()
+    match activation:
+        case "none":
+            return y
+        case "relu":
+            return torch.relu(y)
+        case "leaky_relu":
+            return torch.where(y > 0, y, y * torch.tensor(slope, dtype=torch.float32))
+        case "tanh":
+            return torch.tanh(y)
+        case "sigmoid":
+            return torch.sigmoid(y)
+    raise ValueError(f"activation is {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+
+
+def dense_weight(weight: Sequence[Tensor], in_channels: int, taps: int) -> Tensor:
+    """The packed weight as float64 [O, T, C], taps in position order."""
+    fields = dict(zip(FIELDS, weight, strict=True))
+    return unpack(PackedWeight(**fields, in_channels=in_channels, taps=taps)).double()

@@ -1,0 +1,128 @@
+"""2-d transposed convolution with a block-sparse weight and a fused epilogue: schema, shapes, reference and backends (own).
+
+x [N, C, H, W] float32, W [O, kh*kw, C] packed with the taps in `formats.tap_order` -> y [N, O, P, Q] float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..formats import PackedWeight, tap_order
+from .backend import (
+    LIBRARY,
+    Backend,
+    check_input,
+    choose,
+    dense_weight,
+    finish,
+    quantize_input,
+    refuse_cpu,
+    refuse_nothing,
+)
+
+LIBRARY.define(
+    "block_conv_transpose2d(Tensor x, Tensor[] weight, int[] kernel_size, int[] stride, int[] padding, "
+    "int[] output_padding, int[] dilation, float x_scale, int x_zero, str activation, float slope) -> Tensor"
+)
+
+
+def output_size(size: int, kernel: int, stride: int, padding: int, output_padding: int, dilation: int) -> int:
+    """Output pixels along one axis."""
+    return (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1
+
+
+@torch.library.register_fake("sparsegan::block_conv_transpose2d")
+def _fake(
+    x: Tensor,
+    weight: list[Tensor],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    output_padding: list[int],
+    dilation: list[int],
+    x_scale: float,
+    x_zero: int,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    axes = zip(x.shape[2:], kernel_size, stride, padding, output_padding, dilation, strict=True)
+    return x.new_empty(x.shape[0], weight[-1].shape[0], *(output_size(*axis) for axis in axes))
+
+
+def reference(
+    x: Tensor,
+    weight: list[Tensor],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    output_padding: list[int],
+    dilation: list[int],
+    x_scale: float,
+    x_zero: int,
+    activation: str,
+    slope: float,
+) -> Tensor:
+    values, scale, bias = weight[0], weight[-2], weight[-1]
+    kh, kw = kernel_size
+    positions = dense_weight(weight, x.shape[1], kh * kw)  # [O, T, C], by phase
+    order = tap_order((kh, kw), tuple(stride), tuple(padding), tuple(dilation))  # type: ignore[arg-type]
+    raster = torch.empty_like(positions)
+    raster[:, order] = positions
+    dense = raster.permute(2, 0, 1).reshape(x.shape[1], -1, kh, kw)
+    q = quantize_input(x, values, x_scale, x_zero)
+    acc = F.conv_transpose2d(
+        q, dense, stride=stride, padding=padding, output_padding=output_padding, dilation=dilation
+    )
+    return finish(acc, scale, bias, activation, slope, dim=1)
+
+
+BACKENDS = (
+    Backend("cpu", refuse_cpu, torch.ops.sparsegan.block_conv_transpose2d),
+    Backend("reference", refuse_nothing, reference),
+)
+
+
+def block_conv_transpose2d(
+    x: Tensor,
+    packed: PackedWeight,
+    *,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    output_padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    x_scale: float = 1.0,
+    x_zero: int = 0,
+    activation: str = "none",
+    slope: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """act(conv_transpose2d(x, W) * scale + bias).
+
+    x: float32 [N, C, H, W] of any strides. packed: the weight [O, kh*kw, C], taps in `formats.tap_order`, groups expanded.
+    x_scale, x_zero: int8 only, x = (q - x_zero) * x_scale. activation: one of `backend.ACTIVATIONS`.
+    Returns float32 [N, O, P, Q], contiguous. Raises TypeError, ValueError for a wrong x, BackendError.
+    """
+    check_input("block_conv_transpose2d", x, 4, packed.in_channels)
+    axes = zip(x.shape[2:], kernel_size, stride, padding, output_padding, dilation, strict=True)
+    if min(x.shape[2:]) < 1 or min(output_size(*axis) for axis in axes) < 1:
+        raise ValueError(
+            f"block_conv_transpose2d: x of shape {tuple(x.shape)} gives no output pixel with a"
+            f" {kernel_size[0]}x{kernel_size[1]} kernel and padding {tuple(padding)}"
+        )
+    run = choose("block_conv_transpose2d", BACKENDS, x, backend).run
+    return run(
+        x,
+        packed.tensors(),
+        kernel_size,
+        stride,
+        padding,
+        output_padding,
+        dilation,
+        x_scale,
+        x_zero,
+        activation,
+        slope,
+    )

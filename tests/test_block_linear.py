@@ -1,0 +1,109 @@
+"""block_linear on every backend: integer-exact, within rounding, and clear about wrong input."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import DTYPES, activate, blocked_view, inputs, packed_weight, quantized, rounding_bound
+
+from sparsegan import ops
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_o", [4, 8])
+def test_exact_on_integers(backend, dtype, block_o, uninitialised_is_nan):
+    for m, c, o, seed in [(1, 100, 512, 0), (5, 3, 7, 1), (16, 64, 64, 2), (33, 17, 100, 3)]:
+        view, x = blocked_view(o, 1, c, 0.4, seed, True), inputs((m, c), seed, True)
+        bias = inputs((o,), seed + 7, True)
+        packed = packed_weight("linear", view, {}, dtype, block_o, bias=bias)
+        y = ops.block_linear(x, packed, activation="relu", backend=backend, x_zero=9 * (dtype == torch.int8))
+        wanted = torch.relu(x.double() @ view[:, 0].double().T + bias)
+        assert torch.equal(y.double(), wanted)
+
+
+def test_quantises_its_input(backend):
+    view, x = blocked_view(24, 1, 40, 0.5, 0, True), torch.randn(9, 40) * 30
+    x[0, 0], x[1, 1], x[2, 2] = float("inf"), -float("inf"), 1e30
+    packed = packed_weight("linear", view, {}, torch.int8, scale=torch.full((24,), 0.25))
+    y = ops.block_linear(x, packed, x_scale=0.25, x_zero=100, backend=backend)
+    wanted = (quantized(x, 0.25, 100) @ view[:, 0].double().T).float() * 0.25
+    assert torch.equal(y, wanted)
+
+
+def test_nan_input_gives_the_lowest_int8_step(backend):
+    packed = packed_weight("linear", torch.ones(4, 1, 4), {}, torch.int8)
+    y = ops.block_linear(torch.full((1, 4), float("nan")), packed, x_zero=3, backend=backend)
+    assert torch.equal(y, torch.full((1, 4), -12.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_within_rounding(backend, dtype):
+    view, x = blocked_view(96, 1, 300, 0.3, 5, False), inputs((20, 300), 5, False)
+    packed = packed_weight("linear", view, {}, dtype)
+    y = ops.block_linear(x, packed, backend=backend)
+    if dtype == torch.bfloat16:
+        view, x = view.bfloat16().float(), x.bfloat16().float()
+    exact = x.double() @ view[:, 0].double().T
+    assert ((y - exact).abs() <= rounding_bound("linear", x, view, {}, exact)).all()
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_activations(backend, activation):
+    x = torch.cat(
+        [
+            torch.linspace(-20, 20, 4001),
+            torch.linspace(-1e-3, 1e-3, 101),
+            torch.tensor([100.0, -100, 1e38, -1e38]),
+        ]
+    )
+    packed = packed_weight("linear", torch.ones(1, 1, 1), {}, torch.float32)
+    y = ops.block_linear(x[:, None], packed, activation=activation, slope=0.2, backend=backend)[:, 0]
+    wanted = activate(x.double(), activation, 0.2)
+    assert torch.allclose(y.double(), wanted, rtol=4e-7, atol=1e-7)
+
+
+def test_activation_keeps_nan(backend):
+    packed = packed_weight("linear", torch.ones(1, 1, 1), {}, torch.float32)
+    x = torch.tensor([[float("nan")]])
+    for activation in ops.ACTIVATIONS:
+        assert ops.block_linear(x, packed, activation=activation, backend=backend).isnan().all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    m=st.integers(1, 40),
+    c=st.integers(1, 70),
+    o=st.integers(1, 70),
+    density=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(m, c, o, density, seed):
+    view, x = blocked_view(o, 1, c, density, seed, True), inputs((m, c), seed, True)
+    for dtype in DTYPES:
+        packed = packed_weight("linear", view, {}, dtype)
+        y = ops.block_linear(x, packed, x_zero=7 * (dtype == torch.int8))
+        assert torch.equal(y.double(), x.double() @ view[:, 0].double().T)
+
+
+def test_leading_dimensions_and_strides(backend):
+    view = blocked_view(10, 1, 12, 0.5, 0, True)
+    packed = packed_weight("linear", view, {}, torch.float32)
+    x = inputs((3, 12, 5), 0, True)
+    y = ops.block_linear(x.transpose(1, 2), packed, backend=backend)
+    assert torch.equal(y, x.transpose(1, 2) @ view[:, 0].T)
+    rows = inputs((8, 24), 1, True)[:, ::2]
+    assert torch.equal(ops.block_linear(rows, packed, backend=backend), rows @ view[:, 0].T)
+
+
+def test_empty_batch(backend):
+    packed = packed_weight("linear", torch.ones(6, 1, 5), {}, torch.float32)
+    assert ops.block_linear(torch.zeros(0, 5), packed, backend=backend).shape == (0, 6)
+    assert ops.block_linear(torch.zeros(2, 0, 5), packed, backend=backend).shape == (2, 0, 6)
+
+
+def test_wrong_input_is_named(backend):
+    packed = packed_weight("linear", torch.ones(6, 1, 5), {}, torch.float32)
+    with pytest.raises(ValueError, match=r"7 channels .*takes 5"):
+        ops.block_linear(torch.zeros(2, 7), packed, backend=backend)
+    with pytest.raises(TypeError, match=r"float64.*float32"):
+        ops.block_linear(torch.zeros(2, 5, dtype=torch.float64), packed, backend=backend)
