@@ -1,0 +1,249 @@
+"""Save a swapped model in one safetensors file and load it again: no pickle, no user code, nothing trusted.
+
+The tensors stand under their names in state_dict; the metadata holds the tree of modules as JSON, and a
+SHA-256 of tree and tensors, against damage (not forgery: whoever can write a file can write its checksum).
+Because loading must not need the user's classes, a model can be saved when it is built of the modules below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sparsegan.formats import FIELDS, from_dict
+from sparsegan.layers import SPARSE_TYPES, SparseChain, SparseLayer
+from sparsegan.swap import Explanation, LayerRow
+
+FORMAT, VERSION = "sparsegan", "1"
+
+_CONVOLUTION = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
+_BATCH_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+
+# The modules of torch.nn that can be saved, each with the arguments that make it again: attributes of the
+# same name; `bias` is saved as whether there is one.
+_DENSE: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("in_features", "out_features", "bias"),
+    nn.Conv2d: (*_CONVOLUTION, "bias"),
+    nn.ConvTranspose2d: (*_CONVOLUTION, "output_padding", "bias"),
+    nn.BatchNorm1d: _BATCH_NORM,
+    nn.BatchNorm2d: _BATCH_NORM,
+    nn.InstanceNorm2d: _BATCH_NORM,
+    nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
+    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine", "bias"),
+    nn.PReLU: ("num_parameters",),
+    nn.ReLU: ("inplace",),
+    nn.ReLU6: ("inplace",),
+    nn.LeakyReLU: ("negative_slope", "inplace"),
+    nn.ELU: ("alpha", "inplace"),
+    nn.SiLU: ("inplace",),
+    nn.Hardswish: ("inplace",),
+    nn.Hardtanh: ("min_val", "max_val", "inplace"),
+    nn.GELU: ("approximate",),
+    nn.Softplus: ("beta", "threshold"),
+    nn.Tanh: (),
+    nn.Sigmoid: (),
+    nn.Identity: (),
+    nn.Dropout: ("p", "inplace"),
+    nn.Dropout2d: ("p", "inplace"),
+    nn.Flatten: ("start_dim", "end_dim"),
+    nn.Unflatten: ("dim", "unflattened_size"),
+    nn.Upsample: ("size", "scale_factor", "mode", "align_corners"),
+    nn.UpsamplingNearest2d: ("size", "scale_factor"),
+    nn.PixelShuffle: ("upscale_factor",),
+    nn.ReflectionPad2d: ("padding",),
+    nn.ReplicationPad2d: ("padding",),
+    nn.ZeroPad2d: ("padding",),
+    nn.AvgPool2d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+    nn.AdaptiveAvgPool2d: ("output_size",),
+}
+_DENSE_BY_NAME = {kind.__name__: kind for kind in _DENSE}
+_SPARSE_BY_NAME = {kind.__name__: kind for kind in SPARSE_TYPES.values()}
+# What hostile JSON makes constructors and look-ups raise.
+_NONSENSE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+_CONTAINERS = {kind.__name__: kind for kind in (nn.Sequential, SparseChain)}
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write `model` to one safetensors file that `load` reads back.
+
+    It must be built of nn.Sequential, sparse layers and the modules of torch.nn that generators use. Raises
+    ValueError, naming the module, for any other and for one with forward hooks.
+    """
+    tensors: dict[str, Tensor] = {}
+    content: dict[str, Any] = {"model": _describe("", model, tensors)}
+    explanation = getattr(model, "swap_explanation", None)
+    if isinstance(explanation, Explanation):
+        content["explanation"] = asdict(explanation)
+    text = json.dumps(content)
+    metadata = {"format": FORMAT, "version": VERSION, "content": text, "sha256": _digest(text, tensors)}
+    save_file(tensors, path, metadata)
+
+
+def load(path: str | Path, backend: str | None = None) -> nn.Module:
+    """The model that `save` wrote, on the CPU, in eval mode.
+
+    backend: name of the backend of the sparse layers; None takes the first that can.
+
+    Raises ValueError for a file that is truncated, altered, of another version or not ours, or that describes
+    what a kernel must not be given; FileNotFoundError when there is none.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is a safetensors file, but not one that sparsegan.save wrote")
+            if metadata.get("version") != VERSION:
+                came = metadata.get("version")
+                raise ValueError(
+                    f"{path} has format version {came}, this sparsegan reads version {VERSION}: update it"
+                )
+            # Cloned: the tensors of an open file lie where they fall in memory, unaligned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    text = metadata.get("content", "")
+    if metadata.get("sha256") != _digest(text, tensors):
+        raise ValueError(f"{path} is damaged: its checksum does not match its content")
+    try:
+        content = json.loads(text)
+        model = _build(content["model"], "", tensors, backend)
+        if tensors:
+            raise ValueError(f"tensors that belong to no module: {', '.join(tensors)}")
+        if "explanation" in content:
+            model.swap_explanation = _explanation(content["explanation"])  # type: ignore[assignment]
+    except _NONSENSE as error:
+        raise ValueError(f"{path} describes no model that can be loaded: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def _describe(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The JSON of a module; its tensors are added to `tensors`."""
+    where = f"the module {name or '(the model itself)'} of type {type(module).__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        raise ValueError(f"{where} has forward hooks or a forward of its own, which cannot be saved")
+    if type(module) is SparseChain or type(module).forward is nn.Sequential.forward:
+        kind = SparseChain if isinstance(module, SparseChain) else nn.Sequential
+        children = [
+            (child, _describe(f"{name}.{child}" if name else child, part, tensors))
+            for child, part in module._modules.items()
+            if part is not None
+        ]
+        return {"type": kind.__name__, "children": children}
+    own = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+    for key, tensor in own.items():
+        tensors[f"{name}.{key}" if name else key] = tensor.detach().cpu().contiguous().clone()
+    if isinstance(module, SparseLayer) and type(module).__name__ in _SPARSE_BY_NAME:
+        columns = f"{name}.cols" if name else "cols"
+        tensors[columns] = _narrow(tensors[columns])
+        sizes = {"in_channels": module.in_channels, "taps": module.taps}
+        return {"type": type(module).__name__, "settings": module.settings(), **sizes}
+    if type(module) not in _DENSE:
+        raise ValueError(
+            f"{where} cannot be saved: a file must load without your code. Save the nn.Sequential inside "
+            f"your model, with masks made permanent. Known are {', '.join(sorted(_DENSE_BY_NAME))}"
+        )
+    settings = {key: getattr(module, key) for key in _DENSE[type(module)]}
+    if "bias" in settings:
+        settings["bias"] = module.bias is not None
+    return {"type": type(module).__name__, "settings": settings}
+
+
+def _build(spec: Mapping[str, Any], name: str, tensors: dict[str, Tensor], backend: str | None) -> nn.Module:
+    """The module that `spec` describes; the tensors it takes are removed from `tensors`."""
+    kind = spec["type"]
+    if kind in _CONTAINERS:
+        parts = [
+            (child, _build(part, f"{name}.{child}" if name else child, tensors, backend))
+            for child, part in spec["children"]
+        ]
+        if kind == "SparseChain":
+            return SparseChain(*(part for _, part in parts))  # type: ignore[arg-type]
+        sequential = nn.Sequential()
+        for child, part in parts:
+            sequential.add_module(child, part)
+        return sequential
+
+    def take(key: str) -> Tensor:
+        full = f"{name}.{key}" if name else key
+        if full not in tensors:
+            raise ValueError(f"the tensor {full} is missing")
+        return tensors.pop(full)
+
+    settings = {key: _tupled(value) for key, value in spec["settings"].items()}
+    if kind in _SPARSE_BY_NAME:
+        weight = {field: take(field) for field in FIELDS}
+        weight["cols"] = weight["cols"].to(torch.int32)
+        packed = from_dict(weight, spec["in_channels"], spec["taps"])
+        return _SPARSE_BY_NAME[kind](packed, backend=backend, **settings)
+    if kind not in _DENSE_BY_NAME:
+        raise ValueError(f"unknown module type {kind!r}")
+    allowed = _DENSE[_DENSE_BY_NAME[kind]]
+    if set(settings) != set(allowed):
+        raise ValueError(
+            f"{kind} takes {', '.join(allowed) or 'nothing'}, got {', '.join(settings) or 'nothing'}"
+        )
+    # On the meta device nothing is allocated, whatever sizes the file claims; the shapes are then those that
+    # the tensors must have.
+    with torch.device("meta"):
+        module = _DENSE_BY_NAME[kind](**settings)
+    module.requires_grad_(False)
+    state = {key: take(key) for key in module.state_dict()}
+    for key, wanted in module.state_dict().items():
+        if state[key].is_floating_point() != wanted.is_floating_point():
+            raise ValueError(f"{name}.{key} is {state[key].dtype}, wanted a type like {wanted.dtype}")
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def _explanation(fields: Mapping[str, Any]) -> Explanation:
+    rows = tuple(LayerRow(**row) for row in fields["rows"])
+    explanation = Explanation(**{**fields, "rows": rows})
+    str(explanation)  # what cannot be printed is not one of ours
+    return explanation
+
+
+def _tupled(value: Any) -> Any:
+    """JSON has lists where torch.nn has tuples."""
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+
+
+def _narrow(columns: Tensor) -> Tensor:
+    """Columns in 16 bits where they fit: 32 would be a fifth of a file of int8 blocks of 16 weights."""
+    fits = columns.numel() == 0 or columns.max() <= torch.iinfo(torch.int16).max
+    return columns.to(torch.int16) if fits else columns
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

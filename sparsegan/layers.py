@@ -1,0 +1,343 @@
+"""Layers that compute with a packed weight: drop-in, for inference.
+
+Each holds plain buffers (the tensors of a `formats.PackedWeight`), so that state_dict, copies and
+torch.compile treat it like any module. Batch normalisation belongs folded into the weight before (`fuse.py`);
+the activation that follows is part of the layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsegan import formats, ops
+from sparsegan.formats import FIELDS, PackedWeight
+from sparsegan.patterns import PRUNABLE_TYPES, PrunableLayer, detect_pattern, weight_view
+from sparsegan.quantize import activation_params, quantize_weight
+
+Pair = tuple[int, int]
+
+# No real layer has a kernel, stride or padding this large; the bound keeps all coordinates far from overflow.
+_LARGEST_EXTENT = 65535
+
+
+def unsupported_reason(layer: nn.Module) -> str | None:
+    """Why `layer` has no sparse counterpart, for the user to read; None when it has one."""
+    if not isinstance(layer, PRUNABLE_TYPES):
+        return f"{type(layer).__name__} is not Linear, Conv2d or ConvTranspose2d"
+    if layer.weight.dtype != torch.float32:
+        return f"weights are {layer.weight.dtype}, the kernels take torch.float32"
+    if layer.weight.device.type != "cpu":
+        return f"weights are on {layer.weight.device}, the kernels run on the CPU"
+    if layer.weight.numel() == 0:
+        return "it has no weights"
+    if not isinstance(layer, nn.Linear):
+        if layer.padding_mode != "zeros":
+            return f"padding_mode {layer.padding_mode!r} is not 'zeros'"
+        if layer.padding == "same" and any(d * (k - 1) % 2 for d, k in _extents(layer)):
+            return "padding 'same' pads one side more than the other"
+    if not weight_view(layer).isfinite().all():
+        return "the weight holds NaN or infinite values"
+    if layer.bias is not None and not layer.bias.isfinite().all():
+        return "the bias holds NaN or infinite values"
+    return None
+
+
+class SparseLayer(nn.Module):
+    """What the three layers have in common; use those.
+
+    packed:      the weight.
+    geometry:    one (height, width) pair for every name in GEOMETRY.
+    groups, pattern: of the dense layer, only for display: the packed weight has groups expanded.
+    x_scale, x_zero: int8 only; u8 input q stands for (q - x_zero) * x_scale.
+    activation:  one of ops.ACTIVATIONS; slope is that of "leaky_relu".
+    backend:     name of a backend; None takes the first that can.
+
+    Raises ValueError when these do not fit together.
+    """
+
+    GEOMETRY: ClassVar[tuple[str, ...]] = ()
+    KIND: ClassVar[Literal["linear", "conv2d", "conv_transpose2d"]]
+    DENSE: ClassVar[type[PrunableLayer]]
+    _OP: ClassVar[Callable[..., Tensor]]
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        *,
+        groups: int = 1,
+        pattern: str = "dense",
+        x_scale: float = 1.0,
+        x_zero: int = 0,
+        activation: str = "none",
+        slope: float = 0.0,
+        backend: str | None = None,
+        **geometry: Pair,
+    ) -> None:
+        super().__init__()
+        _check_settings(packed, groups, x_scale, x_zero, activation, slope)
+        _check_geometry(type(self).__name__, self.GEOMETRY, geometry, packed.taps)
+        for field, tensor in formats.as_dict(packed).items():
+            self.register_buffer(field, tensor)
+        self.in_channels = packed.in_channels
+        self.out_channels = packed.out_channels
+        self.taps = packed.taps
+        self.geometry = {name: (geometry[name][0], geometry[name][1]) for name in self.GEOMETRY}
+        self.groups = groups
+        self.pattern = pattern
+        self.x_scale = x_scale
+        self.x_zero = x_zero
+        self.activation = activation
+        self.slope = slope
+        self.backend = backend
+
+    @classmethod
+    def from_dense(
+        cls,
+        layer: PrunableLayer,
+        *,
+        dtype: torch.dtype = torch.float32,
+        block: Pair | None = None,
+        x_range: tuple[float, float] | None = None,
+        activation: str = "none",
+        slope: float = 0.0,
+        backend: str | None = None,
+    ) -> Self:
+        """The sparse counterpart of a dense layer: its zero blocks are left out.
+
+        dtype:      torch.float32, torch.bfloat16 or torch.int8, of the weights as they are computed with.
+        block:      (BO, BK) of the packed weight; None takes the one with the least work.
+        x_range:    (lo, hi) of the values that enter the layer, from `quantize.calibrate`; needed for int8.
+        activation, slope, backend: see the class.
+
+        Raises TypeError for a layer of another kind; ValueError for one that `unsupported_reason` names, int8
+        without x_range, and what `formats.pack` refuses.
+        """
+        if not isinstance(layer, cls.DENSE):
+            raise TypeError(f"{cls.__name__} replaces {cls.DENSE.__name__}, got {type(layer).__name__}")
+        if reason := unsupported_reason(layer):
+            raise ValueError(f"{cls.__name__} cannot replace {layer}: {reason}")
+        view = weight_view(layer).detach()
+        pattern = detect_pattern(view)
+        geometry = {name: _geometry(layer, name) for name in cls.GEOMETRY}
+        if isinstance(layer, nn.ConvTranspose2d):
+            names = ("kernel_size", "stride", "padding", "dilation")
+            view = view[:, formats.tap_order(*(geometry[name] for name in names))]
+        x_scale, x_zero, scale = 1.0, 0, None
+        if dtype == torch.int8:
+            if x_range is None:
+                raise ValueError(
+                    "an int8 layer needs x_range, the (lo, hi) of its input: see quantize.calibrate"
+                )
+            x_scale, x_zero = activation_params(*x_range)
+            view, scale = quantize_weight(view)
+            scale *= x_scale
+        groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+        return cls(
+            formats.pack(view, dtype, block, scale, layer.bias, groups),
+            groups=groups,
+            pattern=str(pattern or "dense"),
+            x_scale=x_scale,
+            x_zero=x_zero,
+            activation=activation,
+            slope=slope,
+            backend=backend,
+            **geometry,
+        )
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as the ops take it; shares the buffers."""
+        # Straight from the dict: nn.Module's attribute look-up costs microseconds, which small layers notice.
+        tensors = cast(dict[str, Tensor], self._buffers)
+        weight = {field: tensors[field] for field in FIELDS}
+        return PackedWeight(**weight, in_channels=self.in_channels, taps=self.taps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        return cast(Tensor, self.values).dtype
+
+    @property
+    def density(self) -> float:
+        """Share of the dense layer's multiply-adds that is executed."""
+        return min(1.0, formats.density(self.packed) * self.groups)
+
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments that, with `packed`, make this layer again, except the backend."""
+        names = ("groups", "pattern", "x_scale", "x_zero", "activation", "slope")
+        return {name: getattr(self, name) for name in names} | self.geometry
+
+    def chain_layer(self) -> ops.ChainLayer:
+        """This layer as a step of `ops.block_chain`."""
+        return ops.ChainLayer(
+            self.KIND,
+            self.packed,
+            x_scale=self.x_scale,
+            x_zero=self.x_zero,
+            activation=self.activation,
+            slope=self.slope,
+            **self.geometry,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32, as the dense layer takes it. Raises RuntimeError when x requires a gradient."""
+        _check_inference(self, x)
+        if self.GEOMETRY and x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        return self._OP(
+            x,
+            self.packed,
+            **self.geometry,
+            x_scale=self.x_scale,
+            x_zero=self.x_zero,
+            activation=self.activation,
+            slope=self.slope,
+            backend=self.backend,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The number format is the layer's own: .half() on a whole model moves it, but must not round it.
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}"]
+        parts += [f"{name}={pair}" for name, pair in self.geometry.items()]
+        parts += [f"groups={self.groups}"] * (self.groups > 1)
+        parts += [f"pattern={self.pattern}, density={self.density:.2f}"]
+        parts += [f"dtype={str(self.dtype).removeprefix('torch.')}"]
+        parts += [f"activation={self.activation}"] * (self.activation != "none")
+        return ", ".join(parts)
+
+
+class SparseLinear(SparseLayer):
+    """nn.Linear with a packed weight: x [..., C] to [..., O]."""
+
+    KIND = "linear"
+    DENSE = nn.Linear
+    _OP = staticmethod(ops.block_linear)
+
+
+class SparseConv2d(SparseLayer):
+    """nn.Conv2d with a packed weight: x [N, C, H, W] or [C, H, W]."""
+
+    KIND = "conv2d"
+    DENSE = nn.Conv2d
+    _OP = staticmethod(ops.block_conv2d)
+    GEOMETRY = ("kernel_size", "stride", "padding", "dilation")
+
+
+class SparseConvTranspose2d(SparseLayer):
+    """nn.ConvTranspose2d with a packed weight: x [N, C, H, W] or [C, H, W]. It takes no output_size."""
+
+    KIND = "conv_transpose2d"
+    DENSE = nn.ConvTranspose2d
+    _OP = staticmethod(ops.block_conv_transpose2d)
+    GEOMETRY = ("kernel_size", "stride", "padding", "output_padding", "dilation")
+
+
+class SparseChain(nn.Sequential):
+    """Sparse layers that follow each other, run in one native call: nothing is converted between them.
+
+    All convolutions (transposed or not) or all linear, in one number format and with one backend. The results
+    are those of the layers one after another. Raises ValueError for layers that cannot stand in one chain.
+    """
+
+    def __init__(self, *layers: SparseLayer) -> None:
+        super().__init__(*layers)
+        if not layers or not all(isinstance(layer, SparseLayer) for layer in layers):
+            raise ValueError("a SparseChain needs at least one layer, all of them sparse")
+        for before, layer in pairwise(layers):
+            if not chainable(before, layer):
+                raise ValueError(f"{before} and {layer} cannot stand in one chain")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 as the first layer takes it. Raises RuntimeError when x requires grad."""
+        _check_inference(self, x)
+        layers = cast(list[SparseLayer], list(self))
+        if layers[0].GEOMETRY and x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        return ops.block_chain(x, [layer.chain_layer() for layer in layers], backend=layers[0].backend)
+
+
+SPARSE_TYPES: dict[type[PrunableLayer], type[SparseLayer]] = {
+    layer.DENSE: layer for layer in (SparseLinear, SparseConv2d, SparseConvTranspose2d)
+}
+
+
+def chainable(before: SparseLayer, after: SparseLayer) -> bool:
+    """Whether `after` can follow `before` in one SparseChain."""
+    return (
+        (before.KIND == "linear") == (after.KIND == "linear")
+        and before.out_channels == after.in_channels
+        and before.dtype == after.dtype
+        and before.backend == after.backend
+    )
+
+
+def _extents(layer: nn.Conv2d | nn.ConvTranspose2d) -> list[Pair]:
+    """(dilation, kernel size) for height and width."""
+    return list(zip(layer.dilation, layer.kernel_size, strict=True))
+
+
+def _geometry(layer: PrunableLayer, name: str) -> Pair:
+    pair = getattr(layer, name)
+    if pair == "valid":
+        return 0, 0
+    if pair == "same":
+        (dh, kh), (dw, kw) = _extents(cast(nn.Conv2d, layer))
+        return dh * (kh - 1) // 2, dw * (kw - 1) // 2
+    return pair[0], pair[1]
+
+
+def _check_inference(module: nn.Module, x: Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{type(module).__name__} is for inference and has no gradient, but its input requires one: "
+            "call the model under torch.no_grad(), and train the dense model instead"
+        )
+
+
+def _check_settings(
+    packed: PackedWeight, groups: int, x_scale: float, x_zero: int, activation: str, slope: float
+) -> None:
+    if groups < 1 or packed.out_channels % groups or packed.in_channels % groups:
+        channels = f"{packed.in_channels} input and {packed.out_channels} output channels"
+        raise ValueError(f"groups must divide the {channels}, got {groups}")
+    # The kernels multiply by the reciprocal, in float32.
+    if not (math.isfinite(x_scale) and x_scale > 0 and 1 / x_scale <= torch.finfo(torch.float32).max):
+        raise ValueError(f"x_scale must be a positive float32 number, got {x_scale}")
+    if not 0 <= x_zero <= 255:
+        raise ValueError(f"x_zero must be a u8 value, 0..255, got {x_zero}")
+    if activation not in ops.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ops.ACTIVATIONS)}, got {activation!r}")
+    if not math.isfinite(slope):
+        raise ValueError(f"slope must be finite, got {slope}")
+
+
+def _check_geometry(layer: str, names: tuple[str, ...], geometry: dict[str, Pair], taps: int) -> None:
+    if set(geometry) != set(names):
+        wanted = ", ".join(names) or "no geometry"
+        raise ValueError(f"{layer} takes {wanted}, got {', '.join(geometry) or 'none'}")
+    for name, pair in geometry.items():
+        least = 0 if "padding" in name else 1
+        if len(pair) != 2 or not all(type(n) is int and least <= n <= _LARGEST_EXTENT for n in pair):
+            raise ValueError(f"{name} must be two whole numbers in {least}..{_LARGEST_EXTENT}, got {pair}")
+    if "output_padding" in geometry:
+        steps = zip(geometry["output_padding"], geometry["stride"], geometry["dilation"], strict=True)
+        if any(extra >= max(stride, dilation) for extra, stride, dilation in steps):
+            raise ValueError("output_padding must be smaller than the stride or the dilation")
+    if taps != math.prod(geometry.get("kernel_size", (1, 1))):
+        raise ValueError(
+            f"the packed weight has {taps} taps, kernel_size is {geometry.get('kernel_size', (1, 1))}"
+        )
