@@ -260,14 +260,18 @@ class SparseChain(nn.Sequential):
         for before, layer in pairwise(layers):
             if not chainable(before, layer):
                 raise ValueError(f"{before} and {layer} cannot stand in one chain")
+        self._chain = ops.Chain([layer.chain_layer() for layer in layers])
+        self._backend = layers[0].backend
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32 as the first layer takes it. Raises RuntimeError when x requires grad."""
         _check_inference(self, x)
-        layers = cast(list[SparseLayer], list(self))
-        if layers[0].GEOMETRY and x.dim() == 3:
+        if not self._chain.linear and x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        return ops.block_chain(x, [layer.chain_layer() for layer in layers], backend=layers[0].backend)
+        # Straight from the dicts: attribute look-ups in nn.Module cost as much as a small layer.
+        layers = cast(dict[str, SparseLayer], self._modules).values()
+        weights = [cast(Tensor, layer._buffers[field]) for layer in layers for field in FIELDS]
+        return self._chain.run(x, weights, self._backend)
 
 
 SPARSE_TYPES: dict[type[PrunableLayer], type[SparseLayer]] = {

@@ -56,6 +56,8 @@ struct Kernels {
   void (*run_task)(const GatherGemm& op, const Split& split, int64_t task);
   // Fills a lane buffer from a tensor, ring included; `line` in [0, pack_lines(layout)).
   void (*pack_line)(const LaneLayout& layout, const SourceTensor& x, float inv_scale, int32_t zero, uint8_t* lanes, int64_t line);
+  // Whether all values lie in [0, limit).
+  bool (*below)(const int32_t* values, int64_t count, int32_t limit);
   // Giga multiply-adds a second of the dot product instruction alone, on this thread, for about 10 ms.
   double (*dot_peak)(Format format);
 };

@@ -65,7 +65,7 @@ struct Float32 {
 
 struct TileInput {
   const uint8_t* x[kMaxV] = {};  // first byte of each vector at raster pixel (p, q), before the block's offset
-  const int64_t* offsets;        // [taps * input blocks]
+  const int32_t* offsets;        // [taps * input blocks]
   const int32_t* cols;           // of this row's blocks
   const uint8_t* values;
   int64_t blocks;
@@ -73,23 +73,29 @@ struct TileInput {
   const int32_t* start;  // [R] or nullptr for zeros
 };
 
-// acc: [R][V][lanes] float32
+// Sets of accumulators that blocks use by turns: a dot product takes 5 cycles and two can start in each, so fewer than 10
+// accumulators would wait for each other. (Without the long registers there is no room, and no such latency either.)
+constexpr int accumulator_sets(int r, int v) { return S::kLanes < 16 || r * v > 8 ? 1 : r * v > 4 ? 2 : 4; }
+
+// acc_out: [R][V][lanes] float32
 template <class T, int R, int V>
 void compute_tile(const TileInput& in, int32_t* acc_out) {
   constexpr int kSteps = block_planes(T::kFormat);
   constexpr int kRowBytes = kBlockK * element_bytes(T::kFormat);
-  typename T::Acc acc[R][V];
+  constexpr int kSets = accumulator_sets(R, V);
+  typename T::Acc acc[kSets][R][V];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
+  for (int s = 0; s < kSets; s++)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) acc[r][v] = T::start(in.start ? in.start[r] : 0);
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) acc[s][r][v] = T::start(s == 0 && in.start ? in.start[r] : 0);
   const uint8_t* x[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; v++) x[v] = in.x[v];
-  const uint8_t* w = in.values;
-  const int32_t* const end = in.cols + in.blocks;
-  for (const int32_t* col = in.cols; col != end; col++, w += R * kRowBytes) {
-    int64_t offset = in.offsets[*col];
+
+  auto add_block = [&](typename T::Acc(&sums)[R][V], int32_t col, const uint8_t* w) __attribute__((always_inline)) {
+    int64_t offset = in.offsets[col];
 #pragma GCC unroll 4
     for (int step = 0; step < kSteps; step++, offset += in.plane_bytes) {
       typename T::X xs[V];  // [4 / kSteps channels] x [lanes]
@@ -99,14 +105,26 @@ void compute_tile(const TileInput& in, int32_t* acc_out) {
       for (int r = 0; r < R; r++) {
         const auto ws = T::load_w(w + r * kRowBytes + step * 4);
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) T::dot(acc[r][v], xs[v], ws);
+        for (int v = 0; v < V; v++) T::dot(sums[r][v], xs[v], ws);
       }
     }
-  }
+  };
+  const uint8_t* w = in.values;
+  const int32_t *col = in.cols, *const end = in.cols + in.blocks;
+  for (; col + kSets <= end; col += kSets, w += kSets * R * kRowBytes)
+#pragma GCC unroll 8
+    for (int s = 0; s < kSets; s++) add_block(acc[s], col[s], w + s * R * kRowBytes);
+  if constexpr (kSets > 1)
+    for (; col != end; col++, w += R * kRowBytes) add_block(acc[0], *col, w);
+
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) S::store(acc_out + (r * V + v) * S::kLanes, T::bits(acc[r][v]));
+    for (int v = 0; v < V; v++) {
+#pragma GCC unroll 8
+      for (int s = 1; s < kSets; s++) acc[0][r][v] = S::add(acc[0][r][v], acc[s][r][v]);
+      S::store(acc_out + (r * V + v) * S::kLanes, T::bits(acc[0][r][v]));
+    }
 }
 
 template <class T>
@@ -125,6 +143,36 @@ void compute_tile(int64_t block_o, int vectors, const TileInput& in, int32_t* ac
       if (vectors == 3) return compute_tile<T, 4, 3>(in, acc);
     if constexpr (S::kMaxV4 >= 4)
       if (vectors == 4) return compute_tile<T, 4, 4>(in, acc);
+  }
+}
+
+// ---- one output pixel of an image of one pixel, int8: lanes are output channels -----------------------------------------------
+
+// Blocks follow each other as R weight words of 4 channels, so a vector of weights holds kLanes / R blocks, each of which wants
+// its own word of x in all its lanes. sums: [R] int32.
+template <int R>
+void compute_pixel(const TileInput& in, int32_t* sums) {
+  constexpr int kBlocks = S::kLanes / R;
+  auto x = [&](int64_t block) { return S::broadcast(in.x[0] + in.offsets[in.cols[block]]); };
+  S::I acc = S::set1(0);
+  const uint8_t* w = in.values;
+  int64_t block = 0;
+  for (; block + kBlocks <= in.blocks; block += kBlocks, w += S::kLanes * 4) {
+    S::I xs = x(block);
+    if constexpr (kBlocks == 2) xs = S::join<R>(xs, x(block + 1));
+    if constexpr (kBlocks == 4) xs = S::join<2 * R>(S::join<R>(xs, x(block + 1)), S::join<3 * R>(x(block + 2), x(block + 3)));
+    S::dot8(acc, S::split_x(xs), S::split_w(S::load(w)));
+  }
+  alignas(64) int32_t lanes[S::kLanes] = {};
+  for (; block < in.blocks; block++, w += R * 4) {  // fewer blocks than fill a vector: the other lanes are zero
+    std::memcpy(lanes, w, R * 4);
+    S::dot8(acc, S::split_x(x(block)), S::split_w(S::load(lanes)));
+  }
+  S::store(lanes, acc);
+  for (int r = 0; r < R; r++) {
+    int32_t sum = in.start ? in.start[r] : 0;
+    for (int i = r; i < S::kLanes; i += R) sum += lanes[i];
+    sums[r] = sum;
   }
 }
 
@@ -198,7 +246,7 @@ constexpr FinishRows kFinishRows[] = {// by Activation
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t vectors_per_image(const Plan& plan) {
-  if (plan.flat) return ceil_div((plan.raster_h - 1) * plan.in.cols + plan.raster_w, S::kLanes);
+  if (plan.flat) return ceil_div((plan.raster_h - 1) * plan.pitch + plan.raster_w, S::kLanes);
   return plan.raster_h * ceil_div(plan.raster_w, S::kLanes);
 }
 
@@ -208,7 +256,7 @@ Split make_split(const GatherGemm& op, int threads) {
   Split s;
   s.vectors = vectors_per_image(plan) * (plan.in.batch_in_cols ? 1 : plan.in.images);
   s.tiles = ceil_div(s.vectors, w.block_o == 8 ? S::kMaxV8 : S::kMaxV4);
-  s.phase_rows = int64_t(plan.phases.size()) / plan.interleave;
+  s.phase_rows = plan.pixels ? 1 : int64_t(plan.phases.size()) / plan.interleave;
   s.strip = ceil_div(s.tiles, ceil_div(ceil_div(s.tiles, 16), threads) * threads);
   // 128 output channels a task keep the tile's input in L1 while the weights pass; fewer when tasks would not go round.
   s.row_group = 128 / w.block_o;
@@ -244,6 +292,7 @@ constexpr int kMaxSegments = kMaxV * S::kLanes;
 // The raster pixels of vectors [first, first + vectors) as segments of the output, and where their inputs start.
 struct TilePixels {
   const uint8_t* x[kMaxV];
+  int64_t first_pixel[kMaxV];  // of its image, in the raster
   Segment segments[kMaxSegments];
   int count = 0;
 };
@@ -257,15 +306,17 @@ void find_pixels(const GatherGemm& op, int64_t first, int vectors, const OutputP
     const int64_t n = (first + v) / per_image, index = (first + v) % per_image;
     int64_t p, q, lanes;  // of the vector's first lane
     if (plan.flat) {
-      p = index * S::kLanes / in.cols, q = index * S::kLanes % in.cols, lanes = S::kLanes;
+      p = index * S::kLanes / plan.pitch, q = index * S::kLanes % plan.pitch, lanes = S::kLanes;
     } else {
       p = index / per_row, q = index % per_row * S::kLanes, lanes = plan.raster_w - q;
       if (lanes > S::kLanes) lanes = S::kLanes;
     }
-    tile->x[v] = op.in + 4 * (n * (in.batch_in_cols ? 0 : in.image_stride) + p * in.row_stride + q);
+    const int64_t pixel = plan.pixels ? 0 : p * in.row_stride + q;
+    tile->x[v] = op.in + 4 * (n * (in.batch_in_cols ? 0 : in.image_stride) + pixel);
+    tile->first_pixel[v] = index * S::kLanes;
     for (int64_t lane = 0; lane < lanes && p < plan.raster_h; p++, q = 0) {
       // up to the end of the raster row; in a flat layout the ring pixels behind it are computed and dropped
-      int64_t run = plan.raster_w - q, pitch = plan.flat ? in.cols - q : lanes;
+      int64_t run = plan.raster_w - q, pitch = plan.flat ? plan.pitch - q : lanes;
       if (pitch > lanes - lane) pitch = lanes - lane;
       if (run > pitch) run = pitch;
       const int64_t y = phase.y0 + p * plan.step_h, x = phase.x0 + q * plan.step_w;
@@ -338,15 +389,34 @@ void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, i
     target.count[v] = direct ? int(tile.segments[v].count) : S::kLanes;
   }
 
-  for (int b = 0; b < interleave; b++) {
-    const int64_t index = phase_row * interleave + b;
+  // The blocks of this row that output phase `index` uses.
+  auto select_phase = [&](int64_t index) {
     const OutputPhase& phase = plan.phases[index];
     const int64_t begin = w.tap_ptr[row * w.taps + phase.tap_begin], end = w.tap_ptr[row * w.taps + phase.tap_end];
     in.cols = w.cols + begin;
     in.values = w.values + begin * block_o * kBlockK * element_bytes(T::kFormat);
     in.blocks = end - begin;
     in.start = plan.init.empty() ? nullptr : plan.init.data() + (index * w.rows + row) * block_o;
-    compute_tile<T>(block_o, vectors, in, acc);
+  };
+
+  for (int b = 0; b < interleave; b++) {
+    if (plan.pixels) {
+      for (int v = 0; v < vectors; v++) {
+        in.x[0] = tile.x[v];
+        for (int lane = 0; lane < S::kLanes && tile.first_pixel[v] + lane < int64_t(plan.phases.size()); lane++) {
+          select_phase(tile.first_pixel[v] + lane);
+          int32_t sums[kMaxR];
+          block_o == 8 ? compute_pixel<8>(in, sums) : compute_pixel<4>(in, sums);
+          for (int r = 0; r < block_o; r++) {
+            const float sum = float(sums[r]);
+            std::memcpy(acc + (r * vectors + v) * S::kLanes + lane, &sum, 4);
+          }
+        }
+      }
+    } else {
+      select_phase(phase_row * interleave + b);
+      compute_tile<T>(block_o, vectors, in, acc);
+    }
     if (b > 0)
       for (int i = 0; i < word_rows; i++)
         if (target.row[i]) target.row[i] = buffer[b] + i * words;
@@ -474,6 +544,12 @@ void pack_line(const LaneLayout& l, const SourceTensor& src, float inv_scale, in
   }
 }
 
+bool below(const int32_t* values, int64_t count, int32_t limit) {
+  uint32_t largest = 0;  // as unsigned, so that a negative one is too large
+  for (int64_t i = 0; i < count; i++) largest = uint32_t(values[i]) > largest ? uint32_t(values[i]) : largest;
+  return count == 0 || largest < uint32_t(limit);
+}
+
 // ---- the limit ---------------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -523,7 +599,7 @@ double dot_peak(Format format) {
   return 0;
 }
 
-constexpr Kernels kTable{SPARSEGAN_ISA, S::kLanes, make_split, run_task, pack_line, dot_peak};
+constexpr Kernels kTable{SPARSEGAN_ISA, S::kLanes, make_split, run_task, pack_line, below, dot_peak};
 
 }  // namespace
 

@@ -165,11 +165,10 @@ PackedWeight read_weight(const std::vector<Tensor>& weight, int64_t taps, int64_
   w.scale = static_cast<const float*>(scale.const_data_ptr());
   w.bias = static_cast<const float*>(bias.const_data_ptr());
 
-  uint32_t largest = 0;  // as unsigned, so that a negative one is too large
-  for (int64_t i = 0; i < w.blocks; i++) largest = std::max(largest, uint32_t(w.cols[i]));
   const int64_t columns = taps * ((in_channels + kBlockK - 1) / kBlockK);
-  STD_TORCH_CHECK(w.blocks == 0 || largest < columns, op, ": cols holds ", largest, ", but ", taps, " taps of ", in_channels,
-                  " input channels have columns 0 to ", columns - 1, "; x has another number of channels than the weight");
+  STD_TORCH_CHECK(columns < INT32_MAX && current_kernels()->below(w.cols, w.blocks, int32_t(columns)), op, ": cols leaves 0 to ",
+                  columns - 1, ", the columns of ", taps, " taps of ", in_channels,
+                  " input channels; x has another number of channels than the weight, or the weight is damaged");
   bool ordered = w.tap_ptr[0] == 0 && w.tap_ptr[w.rows * taps] == w.blocks;
   for (int64_t i = 0; i < w.rows * taps; i++) ordered &= w.tap_ptr[i] <= w.tap_ptr[i + 1];
   STD_TORCH_CHECK(ordered, op, ": tap_ptr does not rise from 0 to the number of blocks, ", w.blocks);

@@ -20,11 +20,14 @@ std::vector<Tap> tap_positions(const Layer& layer) {
   for (int64_t y = 0; y < layer.kernel_h; y++)
     for (int64_t x = 0; x < layer.kernel_w; x++) taps.push_back({y, x});
   if (layer.transposed) {
-    auto phase = [&](const Tap& t) {
-      return floor_mod(t.y * layer.dilation_h - layer.padding_h, layer.stride_h) * layer.stride_w +
-             floor_mod(t.x * layer.dilation_w - layer.padding_w, layer.stride_w);
-    };
-    std::stable_sort(taps.begin(), taps.end(), [&](const Tap& a, const Tap& b) { return phase(a) < phase(b); });
+    std::vector<Tap> sorted;
+    for (int64_t y = 0; y < layer.stride_h; y++)
+      for (int64_t x = 0; x < layer.stride_w; x++)
+        for (const Tap& t : taps)
+          if (floor_mod(t.y * layer.dilation_h - layer.padding_h, layer.stride_h) == y &&
+              floor_mod(t.x * layer.dilation_w - layer.padding_w, layer.stride_w) == x)
+            sorted.push_back(t);
+    taps = sorted;
   }
   return taps;
 }
@@ -106,11 +109,20 @@ Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, i
 
   if (h == 1 && w == 1) {
     // Images of one pixel: an output pixel has at most one tap that is not padding, so every output pixel is a phase of its
-    // own and the batch is the raster: no multiplication with the ring, and the vectors fill with the batch.
-    in.batch_in_cols = true;
-    in.rows = 1, in.cols = n;
-    in.plane_stride = n, in.image_stride = 1, in.row_stride = n, in.phase_stride = 0;
-    plan.raster_h = 1, plan.raster_w = n;
+    // own, without a multiplication by the ring. A large batch is the raster then; a small one would leave most lanes empty,
+    // so its vectors run over the output pixels (int8, where a weight word is a whole row of a block).
+    in.rows = 1;
+    if (n >= vector_lanes / 2 || format != Format::kInt8) {
+      in.batch_in_cols = true;
+      in.cols = n;
+      in.plane_stride = n, in.image_stride = 1, in.row_stride = n;
+      plan.raster_h = 1, plan.raster_w = n;
+    } else {
+      plan.pixels = plan.flat = true;
+      in.cols = 1;
+      in.plane_stride = 1, in.image_stride = in.planes, in.row_stride = in.planes;
+      plan.raster_h = plan.out_h, plan.raster_w = plan.pitch = plan.out_w;
+    }
     plan.phases.resize(plan.out_h * plan.out_w);
     for (int64_t y = 0; y < plan.out_h; y++)
       for (int64_t x = 0; x < plan.out_w; x++) {
@@ -136,6 +148,7 @@ Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, i
     const int64_t by_rows = plan.raster_h * ceil_div(plan.raster_w, vector_lanes);
     const int64_t flat = ceil_div((plan.raster_h - 1) * in.cols + plan.raster_w, vector_lanes);
     plan.flat = by_rows * 10 > flat * 11;
+    plan.pitch = in.cols;
     set_strides(in, !plan.flat);
 
     for (int64_t t = 0; t < taps; t++) {
@@ -159,10 +172,13 @@ Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, i
       }
   }
 
+  if (in.lanes() / (in.batch_in_cols ? 1 : n > 0 ? n : 1) > INT32_MAX / 4)
+    throw std::invalid_argument("one image of " + std::to_string(c) + "x" + std::to_string(h) + "x" + std::to_string(w) +
+                                " takes more than 2 GiB packed; cut it into tiles");
   plan.offsets.resize(taps * blocks_k);
   for (int64_t t = 0; t < taps; t++)
     for (int64_t k = 0; k < blocks_k; k++)
-      plan.offsets[t * blocks_k + k] = 4 * (tap_lane[t] + k * block_planes(format) * in.plane_stride);
+      plan.offsets[t * blocks_k + k] = int32_t(4 * (tap_lane[t] + k * block_planes(format) * in.plane_stride));
 
   if (format == Format::kInt8 && layer.x_zero != 0) {
     const PackedWeight& weight = layer.weight;

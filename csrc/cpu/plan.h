@@ -7,7 +7,8 @@
 //   planar   [image][phase][plane][row][column]   narrow maps: a vector runs on over the ends of rows
 //
 // `phase`: a convolution of stride s reads every s-th pixel, so its input is split into s*s phases when it is stored. The
-// padding ring is part of the layout and holds the zero point. Maps of 1x1 pixels put the batch in place of the columns.
+// padding ring is part of the layout and holds the zero point. Maps of 1x1 pixels put the batch in place of the columns, or, in
+// small batches, lie as one vector of channels an image.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -54,15 +55,17 @@ struct Plan {
   int64_t step_h = 1, step_w = 1;      // output pixels between neighbours of the raster
   int64_t interleave = 1;              // neighbouring phases in a row of `phases`, whose pixels alternate in an output row
   std::vector<OutputPhase> phases;     // [.., interleave]
-  std::vector<int64_t> offsets;        // [taps * input blocks] bytes from raster pixel (0, 0) to the block's first plane
+  std::vector<int32_t> offsets;        // [taps * input blocks] bytes from raster pixel (0, 0) to the block's first plane
   std::vector<int32_t> init;           // [phases, rows * block_o] starting value of the accumulators, empty when all zero
   bool flat = false;                   // vectors run on over row ends (planar layout)
+  int64_t pitch = 0;                   // flat: raster columns from row to row, ring included
+  bool pixels = false;                 // images of one pixel: lanes are output pixels, phases[i] is the tap of pixel i
 };
 
 // Output size of the layer; throws std::invalid_argument when there is no output pixel.
 void output_size(const Layer& layer, int64_t h, int64_t w, int64_t* out_h, int64_t* out_w);
 
-// Throws std::invalid_argument when there is no output pixel.
+// Throws std::invalid_argument when there is no output pixel, and when one packed image exceeds the 2 GiB of its offsets.
 Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, int vector_lanes);
 
 }  // namespace sparsegan

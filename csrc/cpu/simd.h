@@ -74,6 +74,11 @@ struct Simd {
     const I transpose = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     return _mm512_shuffle_epi8(_mm512_packus_epi16(ab, cd), transpose);
   }
+  // The lanes of a below kFirst, those of b from there on.
+  template <int kFirst>
+  static I join(I a, I b) {
+    return _mm512_mask_blend_epi32(__mmask16(0xFFFFu << kFirst), a, b);
+  }
   // a0 b0 a1 b1 .. over two registers
   static void interleave(I a, I b, I* lo, I* hi) {
     const I first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -144,6 +149,10 @@ struct Simd {
     const I ab = _mm256_adds_epi16(_mm256_packs_epi32(a, b), z), cd = _mm256_adds_epi16(_mm256_packs_epi32(c, d), z);
     const I transpose = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     return _mm256_shuffle_epi8(_mm256_packus_epi16(ab, cd), transpose);
+  }
+  template <int kFirst>
+  static I join(I a, I b) {
+    return _mm256_blend_epi32(a, b, (0xFF << kFirst) & 0xFF);
   }
   static void interleave(I a, I b, I* lo, I* hi) {
     const I x = _mm256_unpacklo_epi32(a, b), y = _mm256_unpackhi_epi32(a, b);
@@ -238,6 +247,11 @@ struct Simd {
   template <int kBits>
   static I shift_right(I v) {
     return (I)((U)v >> kBits);
+  }
+  template <int kFirst>
+  static I join(I a, I b) {
+    for (int i = kFirst; i < kLanes; i++) a[i] = b[i];
+    return a;
   }
   static I saturate(I v, int32_t zero) {
     v += zero;

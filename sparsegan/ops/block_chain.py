@@ -102,26 +102,39 @@ BACKENDS = (
 )
 
 
+class Chain:
+    """Layers that were found to fit each other, with the arguments of the op that do not change from call to call.
+
+    Raises ValueError for layers that cannot stand in one chain.
+    """
+
+    def __init__(self, layers: Sequence[ChainLayer]) -> None:
+        if not layers:
+            raise ValueError("block_chain: no layers")
+        self.linear = layers[0].kind == "linear"
+        for before, layer in pairwise(layers):
+            if (layer.kind == "linear") != self.linear:
+                raise ValueError("block_chain: linear layers and convolutions cannot stand in one chain")
+            if layer.packed.in_channels != before.packed.out_channels:
+                came, wanted = before.packed.out_channels, layer.packed.in_channels
+                raise ValueError(f"block_chain: a layer gives {came} channels, the next takes {wanted}")
+        self.in_channels = layers[0].packed.in_channels
+        self.geometry = [number for layer in layers for number in layer.geometry()]
+        self.scales = [number for layer in layers for number in (layer.x_scale, layer.slope)]
+
+    def run(self, x: Tensor, weights: list[Tensor], backend: str | None = None) -> Tensor:
+        """The chain on x; weights are the tensors of all layers in the order of `PackedWeight.tensors`."""
+        check_input("block_chain", x, 2 if self.linear else 4, self.in_channels)
+        rows = x.reshape(-1, x.shape[-1]) if self.linear else x
+        run = choose("block_chain", BACKENDS, x, backend).run
+        y = run(rows, weights, self.geometry, self.scales)
+        return y.view(*x.shape[:-1], y.shape[-1]) if self.linear else y
+
+
 def block_chain(x: Tensor, layers: Sequence[ChainLayer], backend: str | None = None) -> Tensor:
     """Apply `layers` in turn, as their own ops would, without leaving the packed layout between them.
 
     x: float32 [N, C, H, W] (convolutions) or [..., C] (linear layers; the two kinds do not mix), any strides.
     Returns float32 [N, O, P, Q] or [..., O]. Raises TypeError, ValueError for a wrong x or chain, BackendError.
     """
-    if not layers:
-        raise ValueError("block_chain: no layers")
-    linear = layers[0].kind == "linear"
-    for before, layer in pairwise(layers):
-        if (layer.kind == "linear") != linear:
-            raise ValueError("block_chain: linear layers and convolutions cannot stand in one chain")
-        if layer.packed.in_channels != before.packed.out_channels:
-            came, wanted = before.packed.out_channels, layer.packed.in_channels
-            raise ValueError(f"block_chain: a layer gives {came} channels, the next takes {wanted}")
-    check_input("block_chain", x, 2 if linear else 4, layers[0].packed.in_channels)
-    weights = [tensor for layer in layers for tensor in layer.packed.tensors()]
-    geometry = [number for layer in layers for number in layer.geometry()]
-    scales = [number for layer in layers for number in (layer.x_scale, layer.slope)]
-    rows = x.reshape(-1, x.shape[-1]) if linear else x
-    run = choose("block_chain", BACKENDS, x, backend).run
-    y = run(rows, weights, geometry, scales)
-    return y.view(*x.shape[:-1], y.shape[-1]) if linear else y
+    return Chain(layers).run(x, [tensor for layer in layers for tensor in layer.packed.tensors()], backend)
