@@ -43,11 +43,9 @@ def test_view_puts_each_weight_where_its_output_tap_and_input_are(layer):
     kh, kw = layer.kernel_size
     assert view.shape == (layer.out_channels, kh * kw, inner)
     for o, c, y, x in itertools.product(range(layer.out_channels), range(inner), range(kh), range(kw)):
-        if isinstance(layer, nn.Conv2d):
-            expected = weight[o, c, y, x]
-        else:
-            expected = weight[o // out * inner + c, o % out, y, x]
-        assert view[o, y * kw + x, c] == expected
+        # A transposed convolution is stored [C, O / groups, kh, kw].
+        row, column = (o, c) if isinstance(layer, nn.Conv2d) else (o // out * inner + c, o % out)
+        assert view[o, y * kw + x, c] == weight[row, column, y, x]
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
