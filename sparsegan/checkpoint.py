@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from sparsegan.formats import FIELDS, from_dict
@@ -103,7 +103,8 @@ def save(model: nn.Module, path: str | Path) -> None:
         content["explanation"] = asdict(explanation)
     text = json.dumps(content)
     metadata = {"format": FORMAT, "version": VERSION, "content": text, "sha256": _digest(text, tensors)}
-    save_file(tensors, path, metadata)
+    # save_file would make a file that only its owner may read.
+    Path(path).write_bytes(save_tensors(tensors, metadata))
 
 
 def load(path: str | Path, backend: str | None = None) -> nn.Module:

@@ -261,7 +261,6 @@ class SparseChain(nn.Sequential):
             if not chainable(before, layer):
                 raise ValueError(f"{before} and {layer} cannot stand in one chain")
         self._chain = ops.Chain([layer.chain_layer() for layer in layers])
-        self._backend = layers[0].backend
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32 as the first layer takes it. Raises RuntimeError when x requires grad."""
@@ -271,7 +270,7 @@ class SparseChain(nn.Sequential):
         # Straight from the dicts: attribute look-ups in nn.Module cost as much as a small layer.
         layers = cast(dict[str, SparseLayer], self._modules).values()
         weights = [cast(Tensor, layer._buffers[field]) for layer in layers for field in FIELDS]
-        return self._chain.run(x, weights, self._backend)
+        return self._chain.run(x, weights, next(iter(layers)).backend)
 
 
 SPARSE_TYPES: dict[type[PrunableLayer], type[SparseLayer]] = {

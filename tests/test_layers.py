@@ -327,3 +327,11 @@ def test_layers_that_make_no_chain():
     for other in (half, narrow, image, elsewhere):
         with pytest.raises(ValueError, match="cannot stand in one chain"):
             SparseChain(linear, other)
+
+
+def test_a_chain_runs_on_the_backend_its_layers_name_now():
+    layers = [SparseConv2d.from_dense(nn.Conv2d(4, 4, 3)) for _ in range(2)]
+    chain = SparseChain(*layers)
+    layers[0].backend = "nonsense"
+    with pytest.raises(BackendError, match="nonsense"):
+        chain(torch.zeros(1, 4, 8, 8))

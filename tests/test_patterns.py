@@ -181,3 +181,15 @@ def test_detect_nm_dense_and_all_zero():
         assert detect_pattern(view * pattern.best(view)) == pattern
     assert detect_pattern(view) is None
     assert detect_pattern(torch.zeros(4, 1, 4)) == ChannelPattern()
+
+
+def test_stray_zeros_do_not_hide_a_pattern():
+    g = torch.Generator().manual_seed(0)
+    view = torch.randn(64, 9, 64, generator=g)
+    stray = torch.rand(view.shape, generator=g) < 0.002
+    assert detect_pattern(view.masked_fill(stray, 0)) is None
+    kept = torch.rand(16, 9, 16, generator=g) < 0.3
+    blocks = view * kept.repeat_interleave(4, 0).repeat_interleave(4, 2)
+    assert detect_pattern(blocks.masked_fill(stray, 0)) == BlockPattern(4, 4)
+    many = torch.rand(view.shape, generator=g) < 0.1
+    assert str(detect_pattern(blocks.masked_fill(many, 0))) == "1x1"

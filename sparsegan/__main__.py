@@ -1,0 +1,5 @@
+"""`python -m sparsegan` is `sparsegan`."""
+
+from sparsegan.cli import main
+
+main()

