@@ -6,11 +6,13 @@ compiler the package installs all the same and runs on its reference backend.
 
 import os
 import platform
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 AVX2 = ["-mavx2", "-mfma"]
@@ -46,15 +48,13 @@ class BuildExtension(build_ext):
 
         def compile_one(source: str) -> list[str]:
             isa = next((flags for end, flags in ISA_FLAGS.items() if source.endswith(end)), [])
+            if isa and not (x86 and self.compiler_takes(isa)):
+                isa = []  # the file then compiles to "not available"
             return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 include_dirs=self.compiler.include_dirs,
-                extra_postargs=[
-                    *COMPILE_FLAGS,
-                    *(f"-isystem{p}" for p in include_paths()),
-                    *(isa if x86 else []),
-                ],
+                extra_postargs=[*COMPILE_FLAGS, *(f"-isystem{p}" for p in include_paths()), *isa],
                 depends=ext.depends,
             )
 
@@ -68,6 +68,17 @@ class BuildExtension(build_ext):
             build_temp=self.build_temp,
             target_lang="c++",
         )
+
+    def compiler_takes(self, flags: list[str]) -> bool:
+        """Whether the compiler knows these flags: older ones lack the newest instruction sets."""
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Path(folder) / "probe.cpp"
+            probe.write_text("int main() {}\n")
+            try:
+                self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=flags)
+            except CompileError:
+                return False
+        return True
 
 
 sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp"))

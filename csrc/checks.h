@@ -35,9 +35,10 @@ inline void check_contiguous(const Tensor& t, const char* op, const char* name) 
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " is not contiguous");
 }
 
-inline void check_length(const std::vector<int64_t>& v, size_t want, int64_t least, const char* op, const char* name) {
+inline void check_length(const std::vector<int64_t>& v, size_t want, int64_t least, int64_t most, const char* op,
+                         const char* name) {
   STD_TORCH_CHECK(v.size() == want, op, ": ", name, " has ", v.size(), " values, wanted ", want);
-  for (int64_t e : v) STD_TORCH_CHECK(e >= least, op, ": ", name, " holds ", e, ", wanted at least ", least);
+  for (int64_t e : v) STD_TORCH_CHECK(e >= least && e <= most, op, ": ", name, " holds ", e, ", wanted ", least, " to ", most);
 }
 
 }  // namespace sparsegan

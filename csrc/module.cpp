@@ -1,5 +1,5 @@
 // The extension module. Importing it registers the CPU implementations of the ops whose schemas sparsegan/ops defines.
-#define Py_LIMITED_API 0x030A0000
+#define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -257,6 +257,7 @@ def validate(packed: PackedWeight) -> None:
     need(channels > 0, "scale", "hold at least one output channel")
     wanted = -(-channels // bo) * bo
     need(slots.shape[0] == wanted, "row_channels", f"have {wanted} entries, got {slots.shape[0]}")
+    need((slots[:channels] != -1).all(), "row_channels", "have its padding, -1, at the end")
     real = slots[slots != -1].sort().values
     every = torch.arange(channels, dtype=torch.int32, device=real.device)
     need(torch.equal(real, every), "row_channels", f"hold each of 0..{channels - 1} once, and -1 as padding")

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch import Tensor
 
+from sparsegan import ops
 from sparsegan.formats import PackedWeight, pack, tap_order
 
 DTYPES = (torch.int8, torch.bfloat16, torch.float32)
+
+# Backends for property tests, which draw one: every instruction set of this machine, and the reference.
+RUNNERS = st.sampled_from(["reference", *ops.available_isas()])
+
+
+@contextmanager
+def running_on(runner: str) -> Iterator[str]:
+    """The `backend` argument for a member of RUNNERS, with its instruction set forced meanwhile."""
+    if runner == "reference":
+        yield "reference"
+        return
+    ops.set_isa(runner)
+    try:
+        yield "cpu"
+    finally:
+        ops.set_isa(None)
 
 
 def blocked_view(o: int, t: int, c: int, density: float, seed: int, integers: bool) -> Tensor:

@@ -64,7 +64,6 @@ def test_forcing_an_instruction_set():
 def test_dot_peak_is_a_rate():
     for dtype in (torch.int8, torch.bfloat16, torch.float32):
         assert 0.1 < ops.dot_peak(dtype) < 1e6
-    assert ops.dot_peak(torch.int8) > ops.dot_peak(torch.float32) or ops.isa() in ("avx2", "portable")
 
 
 def test_without_the_extension_the_reference_serves():
@@ -82,6 +81,7 @@ def test_without_the_extension_the_reference_serves():
     done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert "[[4., 4., 4.]]" in done.stdout and "C++ compiler" in done.stdout
+    assert "slow reference backend" in done.stderr
 
 
 @needs_extension
@@ -136,6 +136,7 @@ def test_compiles_without_a_graph_break(compiler):
         (2, lambda t: t.fill_(2**30), "tap_ptr"),
         (3, lambda t: t.fill_(99), "row_channels holds 99"),
         (3, lambda t: t.fill_(-1), "row_channels names 0 channels"),
+        (3, lambda t: t.copy_(torch.tensor([0, 0, 2, 3, 4, 5, 6, 7])), "row_channels holds 0"),
     ],
 )
 def test_hostile_indices_are_refused_before_they_are_used(field, break_it, said):
@@ -185,11 +186,51 @@ def test_the_op_itself_says_what_is_wrong(change, said):
 
 
 @needs_extension
-def test_more_activations_than_memory_is_an_error_not_a_crash():
-    packed = packed_weight("conv2d", torch.ones(4, 1, 4), {"kernel_size": (1, 1)}, torch.float32)
-    x = torch.zeros(1, 1, 1, 1).expand(1, 4, 2**23, 2**23)
-    with pytest.raises((RuntimeError, MemoryError)):
-        ops.block_conv2d(x, packed, kernel_size=(1, 1))
+@pytest.mark.parametrize(
+    ("shape", "window", "said"),
+    [
+        ((1, 4, 2**15, 2**15), {"stride": (2**14, 2**14)}, "2 GiB packed"),
+        ((1, 4, 4, 4), {"stride": (2**33, 2**33), "padding": (2**32, 2**32)}, "stride holds 8589934592"),
+        ((1, 4, 4, 4), {"stride": (65535, 65535), "padding": (65535, 65535)}, "2 GiB packed"),
+        ((1, 4, 1, 1), {"padding": (65535, 65535)}, "an output of 131071x131071"),
+        ((2**28, 4, 1, 1), {}, "a batch of 268435456 rows"),
+    ],
+)
+def test_sizes_beyond_the_offsets_are_refused(shape, window, said):
+    """In a process of its own: the failure would be a crash. Only one element of x exists."""
+    code = (
+        "import torch; from sparsegan import ops; from sparsegan.formats import pack;"
+        f"x = torch.zeros(1).expand({shape}); w = pack(torch.ones(4, 1, 4));"
+        f"ops.block_conv2d(x, w, kernel_size=(1, 1), **{window})"
+    )
+    done = run_python(code)
+    assert done.returncode == 1 and said in done.stderr, (done.returncode, done.stderr[-500:])
+
+
+@needs_extension
+def test_strides_beyond_32_bits(tmp_path):
+    """Rows 2 GiB apart: the storage is a sparse file, nearly all of it never touched."""
+    rows, step = 16, 150_000_000
+    with (tmp_path / "far").open("wb") as file:
+        file.truncate(rows * step * 4)
+    flat = torch.from_file(str(tmp_path / "far"), shared=True, size=rows * step)
+    x = flat.as_strided((rows, 4), (step, 1))
+    x[:, :] = inputs((rows, 4), 0, True)
+    packed = packed_weight("linear", blocked_view(8, 1, 4, 1.0, 0, True), {}, torch.float32)
+    for isa in ops.available_isas():
+        ops.set_isa(isa)
+        assert torch.equal(ops.block_linear(x, packed), ops.block_linear(x, packed, backend="reference"))
+    ops.set_isa(None)
+
+
+@needs_extension
+def test_threads_are_obeyed():
+    code = (
+        "import os, torch; from sparsegan import ops; from sparsegan.formats import pack; torch.set_num_threads({});"
+        "x = torch.zeros(1, 64, 64, 64); w = pack(torch.ones(64, 9, 64)); before = len(os.listdir('/proc/self/task'));"
+        "ops.block_conv2d(x, w, kernel_size=(3, 3)); print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    assert [int(run_python(code.format(n)).stdout) for n in (1, 2, 3)] == [0, 1, 2]
 
 
 @needs_extension

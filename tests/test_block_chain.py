@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import DTYPES, blocked_view, inputs, packed_weight
+from op_cases import DTYPES, RUNNERS, blocked_view, inputs, packed_weight, running_on
 
 from sparsegan import ops
 from sparsegan.ops import ChainLayer
@@ -118,14 +118,15 @@ def test_linear_layers(backend, dtype):
     kinds=st.lists(st.sampled_from(["conv2d", "conv_transpose2d"]), min_size=1, max_size=4),
     size=st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), st.integers(1, 20)),
     seed=st.integers(0, 999),
+    runner=RUNNERS,
 )
-def test_random_chains(kinds, size, seed):
+def test_random_chains(kinds, size, seed, runner):
     g = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
         return int(torch.randint(low, high + 1, (1,), generator=g))
 
-    for dtype in (torch.int8, torch.float32):
+    for dtype in DTYPES:
         channels, layers = size[1], []
         for i, kind in enumerate(kinds):
             o, kernel = draw(1, 20), (draw(1, 4), draw(1, 4))
@@ -147,7 +148,8 @@ def test_random_chains(kinds, size, seed):
             with pytest.raises((ValueError, RuntimeError)):
                 ops.block_chain(x, layers)
             continue
-        assert torch.equal(ops.block_chain(x, layers), wanted)
+        with running_on(runner) as backend:
+            assert torch.equal(ops.block_chain(x, layers, backend=backend), wanted)
 
 
 def test_chains_that_do_not_fit_are_refused(backend):

@@ -4,7 +4,16 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from op_cases import DTYPES, blocked_view, dense_op, inputs, packed_weight, rounding_bound
+from op_cases import (
+    DTYPES,
+    RUNNERS,
+    blocked_view,
+    dense_op,
+    inputs,
+    packed_weight,
+    rounding_bound,
+    running_on,
+)
 
 from sparsegan import ops
 
@@ -91,8 +100,9 @@ def test_groups(backend, groups):
     block_o=st.sampled_from([4, 8]),
     zero=st.sampled_from([0, 5, 128, 250]),
     seed=st.integers(0, 99),
+    runner=RUNNERS,
 )
-def test_any_geometry(size, o, kernel, stride, padding, extra, dilation, block_o, zero, seed):
+def test_any_geometry(size, o, kernel, stride, padding, extra, dilation, block_o, zero, seed, runner):
     output_padding = tuple(min(e, max(s, d) - 1) for e, s, d in zip(extra, stride, dilation, strict=True))
     geometry = window(kernel, stride, padding, output_padding, dilation)
     axes = zip(size[2:], kernel, stride, padding, output_padding, dilation, strict=True)
@@ -100,10 +110,14 @@ def test_any_geometry(size, o, kernel, stride, padding, extra, dilation, block_o
     view, x = blocked_view(o, kernel[0] * kernel[1], size[1], 0.5, seed, True), inputs(size, seed, True)
     packed = packed_weight(KIND, view, geometry, torch.int8, block_o)
     wanted = dense_op(KIND, (x.double() + zero).clamp(0, 255) - zero, view, geometry)
-    assert torch.equal(ops.block_conv_transpose2d(x, packed, **geometry, x_zero=zero).double(), wanted)
+    with running_on(runner) as backend:
+        y = ops.block_conv_transpose2d(x, packed, **geometry, x_zero=zero, backend=backend)
+    assert torch.equal(y.double(), wanted)
     packed = packed_weight(KIND, view, geometry, torch.float32, block_o)
     wanted = dense_op(KIND, x.double(), view, geometry)
-    assert torch.equal(ops.block_conv_transpose2d(x, packed, **geometry).double(), wanted)
+    with running_on(runner) as backend:
+        y = ops.block_conv_transpose2d(x, packed, **geometry, backend=backend)
+    assert torch.equal(y.double(), wanted)
 
 
 def test_threads_agree_bit_for_bit():

@@ -4,7 +4,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import DTYPES, activate, blocked_view, inputs, packed_weight, quantized, rounding_bound
+from op_cases import (
+    DTYPES,
+    RUNNERS,
+    activate,
+    blocked_view,
+    inputs,
+    packed_weight,
+    quantized,
+    rounding_bound,
+    running_on,
+)
 
 from sparsegan import ops
 
@@ -76,12 +86,14 @@ def test_activation_keeps_nan(backend):
     o=st.integers(1, 70),
     density=st.sampled_from([0.0, 0.3, 1.0]),
     seed=st.integers(0, 99),
+    runner=RUNNERS,
 )
-def test_any_shape(m, c, o, density, seed):
+def test_any_shape(m, c, o, density, seed, runner):
     view, x = blocked_view(o, 1, c, density, seed, True), inputs((m, c), seed, True)
     for dtype in DTYPES:
         packed = packed_weight("linear", view, {}, dtype)
-        y = ops.block_linear(x, packed, x_zero=7 * (dtype == torch.int8))
+        with running_on(runner) as backend:
+            y = ops.block_linear(x, packed, x_zero=7 * (dtype == torch.int8), backend=backend)
         assert torch.equal(y.double(), x.double() @ view[:, 0].double().T)
 
 

@@ -117,7 +117,7 @@ def test_samples_lie_among_real_clothing(name: str) -> None:
     samples = _samples(name, 1000)
     density, coverage = density_coverage(samples, real)
     assert density > 0.5
-    assert coverage > 0.5
+    assert coverage > 0.8  # real images have 0.97, the decoder on codes not from its prior 0.71
     # The same statistics of the same pixels in another order within each picture: nothing like clothing.
     shuffled = samples.flatten(1)[:, torch.randperm(1024, generator=torch.Generator().manual_seed(0))]
     assert density_coverage(shuffled.reshape(samples.shape), real)[1] < 0.1

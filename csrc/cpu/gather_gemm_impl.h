@@ -269,7 +269,7 @@ Split make_split(const GatherGemm& op, int threads) {
     bool whole = first < 0 || first % per_lane == 0;
     for (int i = 1; i < per_lane; i++) {
       const int32_t channel = w.row_channels[r + i];
-      whole &= channel < 0 ? first < 0 || first + i >= w.out_channels : channel == first + i;
+      whole &= channel < 0 ? first < 0 || first + i >= w.out_channels : first >= 0 && channel == first + i;
     }
     s.whole_lanes &= whole;
   }
@@ -377,7 +377,7 @@ void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, i
   const bool direct = plan.step_w == 1 && !plan.flat && !plan.in.batch_in_cols && out.phases_w == 1 && tile.count == vectors &&
                       (split.whole_lanes || out.format == Format::kFloat32);
   alignas(64) int32_t acc[kTileWords];
-  alignas(64) int32_t buffer[kMaxInterleave][kTileWords];
+  alignas(64) int32_t buffer[kMaxInterleave][kTileWords + S::kLanes];  // the last vector of a row may be read past its end
   WordTarget target;
   for (int i = 0; i < word_rows; i++) {
     const int32_t channel = channels[split.whole_lanes ? i * per_lane : i];
@@ -428,7 +428,7 @@ void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, i
   for (int i = 0; i < word_rows; i++) {
     const int32_t channel = channels[split.whole_lanes ? i * per_lane : i];
     if (channel < 0) continue;
-    alignas(64) int32_t line[kMaxInterleave * kMaxV * S::kLanes];
+    alignas(64) int32_t line[(kMaxInterleave * kMaxV + 1) * S::kLanes];
     const int32_t* from = buffer[0] + i * words;
     if (interleave == 2) {
       for (int64_t j = 0; j < words; j += S::kLanes) {
@@ -497,7 +497,7 @@ void pack_line(const LaneLayout& l, const SourceTensor& src, float inv_scale, in
   const int64_t cols = l.cols * l.phases_w, left = l.left, width = batch ? l.images : l.width;
   const int64_t col_stride = batch ? src.image_stride : src.col_stride;
   const bool inside = y >= 0 && y < l.height;
-  const int32_t pad_word = l.format == Format::kInt8 ? zero * 0x01010101 : 0;
+  const int32_t pad_word = l.format == Format::kInt8 ? int32_t(uint32_t(zero) * 0x01010101u) : 0;
   int32_t* const row = reinterpret_cast<int32_t*>(lanes) + (batch ? 0 : l.at(n, y, -left));
 
   for (int64_t plane = first_plane; plane < last_plane; plane++) {
@@ -521,6 +521,11 @@ void pack_line(const LaneLayout& l, const SourceTensor& src, float inv_scale, in
       auto load = [&](int i) {
         if (channel + i >= l.channels) return S::set1(0.0f);
         const float* p = x + i * src.channel_stride + c * col_stride;
+        if (col_stride > INT32_MAX / S::kLanes) {  // beyond the 32-bit indices of the instruction
+          alignas(64) float wide[S::kLanes] = {};
+          for (int j = 0; j < count; j++) wide[j] = p[j * col_stride];
+          return S::load_f(wide);
+        }
         if (col_stride != 1) return S::gather(p, col_stride, count);
         return count == S::kLanes ? S::load_f(p) : S::load_partial(p, count);
       };

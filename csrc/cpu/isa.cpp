@@ -1,5 +1,9 @@
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -32,7 +36,10 @@ const std::vector<const Kernels*>& available_kernels() {
     add(avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"),
         avx512_vnni_kernels());
-    add(avx2 && __builtin_cpu_supports("avxvnni"), avx2_vnni_kernels());
+    // older compilers do not know "avxvnni": leaf 7, subleaf 1, EAX bit 4
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    const bool avx_vnni = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+    add(avx2 && avx_vnni, avx2_vnni_kernels());
     add(avx2, avx2_kernels());
 #endif
     found.push_back(portable_kernels());

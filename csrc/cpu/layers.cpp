@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <stdexcept>
 
 #include "isa.h"
@@ -95,11 +96,12 @@ Epilogue make_epilogue(const Layer& layer, std::vector<float>* rows) {
 void set_window(Layer* layer, const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                 const std::vector<int64_t>& padding, const std::vector<int64_t>& output_padding,
                 const std::vector<int64_t>& dilation, const char* op) {
-  check_length(kernel_size, 2, 1, op, "kernel_size");
-  check_length(stride, 2, 1, op, "stride");
-  check_length(padding, 2, 0, op, "padding");
-  check_length(output_padding, 2, 0, op, "output_padding");
-  check_length(dilation, 2, 1, op, "dilation");
+  constexpr int64_t kMost = 65535;  // no layer is that large, and no product of sizes can overflow below it
+  check_length(kernel_size, 2, 1, kMost, op, "kernel_size");
+  check_length(stride, 2, 1, kMost, op, "stride");
+  check_length(padding, 2, 0, kMost, op, "padding");
+  check_length(output_padding, 2, 0, kMost, op, "output_padding");
+  check_length(dilation, 2, 1, kMost, op, "dilation");
   layer->kernel_h = kernel_size[0], layer->kernel_w = kernel_size[1];
   layer->stride_h = stride[0], layer->stride_w = stride[1];
   layer->padding_h = padding[0], layer->padding_w = padding[1];
@@ -172,13 +174,16 @@ PackedWeight read_weight(const std::vector<Tensor>& weight, int64_t taps, int64_
   bool ordered = w.tap_ptr[0] == 0 && w.tap_ptr[w.rows * taps] == w.blocks;
   for (int64_t i = 0; i < w.rows * taps; i++) ordered &= w.tap_ptr[i] <= w.tap_ptr[i + 1];
   STD_TORCH_CHECK(ordered, op, ": tap_ptr does not rise from 0 to the number of blocks, ", w.blocks);
+  std::vector<bool> seen(w.out_channels, false);
   int64_t channels = 0;
-  uint32_t last = 0;  // -1 becomes 0
   for (int64_t r = 0; r < w.rows * w.block_o; r++) {
-    last = std::max(last, uint32_t(w.row_channels[r]) + 1);
-    channels += w.row_channels[r] >= 0;
+    const int32_t channel = w.row_channels[r];
+    if (channel == -1) continue;
+    STD_TORCH_CHECK(channel >= 0 && channel < w.out_channels && !seen[channel], op, ": row_channels holds ", channel,
+                    ", wanted each of 0 to ", w.out_channels - 1, " once, and -1 for padding");
+    seen[channel] = true;
+    channels++;
   }
-  STD_TORCH_CHECK(last <= w.out_channels, op, ": row_channels holds ", int32_t(last - 1), ", wanted -1 to ", w.out_channels - 1);
   STD_TORCH_CHECK(channels == w.out_channels, op, ": row_channels names ", channels, " channels, wanted each of ", w.out_channels,
                   " once");
   return w;
@@ -199,6 +204,8 @@ Tensor run_layers(const Tensor& x, bool x_is_rows, const std::vector<Layer>& lay
       plans.push_back(make_plan(layer, n, c, h, w, kernels->vector_lanes));
     } catch (const std::invalid_argument& e) {
       STD_TORCH_CHECK(false, op, ": ", e.what());
+    } catch (const std::bad_alloc&) {
+      STD_TORCH_CHECK(false, op, ": out of memory while planning an image of ", c, "x", h, "x", w);
     }
     const Plan& plan = plans.back();
     size_t& size = bytes[(plans.size() - 1) % 2];

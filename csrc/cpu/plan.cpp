@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace sparsegan {
 namespace {
@@ -20,14 +21,13 @@ std::vector<Tap> tap_positions(const Layer& layer) {
   for (int64_t y = 0; y < layer.kernel_h; y++)
     for (int64_t x = 0; x < layer.kernel_w; x++) taps.push_back({y, x});
   if (layer.transposed) {
-    std::vector<Tap> sorted;
-    for (int64_t y = 0; y < layer.stride_h; y++)
-      for (int64_t x = 0; x < layer.stride_w; x++)
-        for (const Tap& t : taps)
-          if (floor_mod(t.y * layer.dilation_h - layer.padding_h, layer.stride_h) == y &&
-              floor_mod(t.x * layer.dilation_w - layer.padding_w, layer.stride_w) == x)
-            sorted.push_back(t);
-    taps = sorted;
+    std::vector<std::pair<int64_t, Tap>> sorted;
+    for (const Tap& t : taps)
+      sorted.push_back({floor_mod(t.y * layer.dilation_h - layer.padding_h, layer.stride_h) * layer.stride_w +
+                            floor_mod(t.x * layer.dilation_w - layer.padding_w, layer.stride_w),
+                        t});
+    std::stable_sort(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+    for (size_t i = 0; i < taps.size(); i++) taps[i] = sorted[i].second;
   }
   return taps;
 }
@@ -84,6 +84,8 @@ void output_size(const Layer& layer, int64_t h, int64_t w, int64_t* out_h, int64
     const int64_t span = in + 2 * p - d * (k - 1) - 1;
     return span < 0 ? int64_t(0) : span / s + 1;
   };
+  // Rows and columns below 2^31 keep every product of them below 2^63.
+  if (h >= INT32_MAX || w >= INT32_MAX) throw std::invalid_argument("an image side of 2^31 pixels or more");
   *out_h = size(h, layer.kernel_h, layer.stride_h, layer.padding_h, layer.output_padding_h, layer.dilation_h);
   *out_w = size(w, layer.kernel_w, layer.stride_w, layer.padding_w, layer.output_padding_w, layer.dilation_w);
   if (*out_h < 1 || *out_w < 1)
@@ -105,6 +107,15 @@ Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, i
   in.format = format;
   in.images = n, in.channels = c, in.height = h, in.width = w;
   in.planes = blocks_k * block_planes(format);
+  // Offsets inside an image are 32-bit. In floating point, since the product itself may overflow.
+  auto check_size = [&](int64_t rows, int64_t cols) {
+    if (4.0 * double(in.planes) * double(rows) * double(cols) > INT32_MAX)
+      throw std::invalid_argument("one image of " + std::to_string(c) + "x" + std::to_string(h) + "x" + std::to_string(w) +
+                                  " with its padding takes more than 2 GiB packed; cut it into tiles");
+    if (double(plan.out_h) * double(plan.out_w) > INT32_MAX)
+      throw std::invalid_argument("an output of " + std::to_string(plan.out_h) + "x" + std::to_string(plan.out_w) +
+                                  " pixels; cut the image into tiles");
+  };
   std::vector<int64_t> tap_lane(taps, 0);  // lanes from raster pixel (0, 0) to the pixel that the tap reads
 
   if (h == 1 && w == 1) {
@@ -112,6 +123,13 @@ Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, i
     // own, without a multiplication by the ring. A large batch is the raster then; a small one would leave most lanes empty,
     // so its vectors run over the output pixels (int8, where a weight word is a whole row of a block).
     in.rows = 1;
+    check_size(1, 1);
+    if (double(plan.out_h) * double(plan.out_w) > 1 << 20)
+      throw std::invalid_argument("an output of " + std::to_string(plan.out_h) + "x" + std::to_string(plan.out_w) +
+                                  " from an image of one pixel");
+    if (4.0 * double(in.planes) * double(n) > INT32_MAX)
+      throw std::invalid_argument("a batch of " + std::to_string(n) + " rows of " + std::to_string(c) +
+                                  " channels takes more than 2 GiB packed; use smaller batches");
     if (n >= vector_lanes / 2 || format != Format::kInt8) {
       in.batch_in_cols = true;
       in.cols = n;
@@ -139,6 +157,9 @@ Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, i
   } else {
     in.top = -ay.first(), in.left = -ax.first();
     const int64_t rows = in.top + std::max(h, ay.last()), cols = in.left + std::max(w, ax.last());
+    check_size(rows + layer.stride_h, cols + layer.stride_w);
+    if (layer.transposed && layer.stride_h * layer.stride_w > 1 << 20)
+      throw std::invalid_argument("a stride of " + std::to_string(layer.stride_h) + "x" + std::to_string(layer.stride_w));
     if (!layer.transposed) in.phases_h = layer.stride_h, in.phases_w = layer.stride_w;
     in.rows = ceil_div(rows, in.phases_h), in.cols = ceil_div(cols, in.phases_w);
     if (layer.transposed) plan.step_h = layer.stride_h, plan.step_w = layer.stride_w;
@@ -172,9 +193,6 @@ Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, i
       }
   }
 
-  if (in.lanes() / (in.batch_in_cols ? 1 : n > 0 ? n : 1) > INT32_MAX / 4)
-    throw std::invalid_argument("one image of " + std::to_string(c) + "x" + std::to_string(h) + "x" + std::to_string(w) +
-                                " takes more than 2 GiB packed; cut it into tiles");
   plan.offsets.resize(taps * blocks_k);
   for (int64_t t = 0; t < taps; t++)
     for (int64_t k = 0; k < blocks_k; k++)

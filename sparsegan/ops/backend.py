@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -70,10 +71,18 @@ def choose(op: str, table: Sequence[Backend], x: Tensor, requested: str | None) 
     name = requested or _ENVIRONMENT
     for backend in table:
         if (name is None or backend.name == name) and backend.refuse(x) is None:
+            if name is None and _EXTENSION_ERROR and not torch.compiler.is_compiling():
+                # Python shows the same warning once.
+                warnings.warn(f"running on the slow {backend.name} backend: {_EXTENSION_ERROR}", stacklevel=3)
             return backend
     reasons = [f"  {b.name}: {b.refuse(x) or 'available'}" for b in table]
     wanted = f"no backend {name!r}" if name else "no backend"
     raise BackendError("\n".join([f"{op}: {wanted} can run this input", *reasons]))
+
+
+def default_backend() -> str | None:
+    """The backend that `SPARSEGAN_BACKEND` names for all ops, or None."""
+    return _ENVIRONMENT
 
 
 def extension_error() -> str | None:

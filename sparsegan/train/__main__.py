@@ -127,8 +127,9 @@ def vae(out: Out, data: Data = None, steps: Steps = 2000, seed: Seed = 0, thread
     start = time.perf_counter()
     with _progress_bar("vae", steps, "mean squared error") as progress:
         model = train_vae(train_images, steps=steps, seed=seed, progress=progress)
-    with _progress_bar("prior", steps, "energy distance") as progress:
-        fit_prior(model, train_images, steps=steps, seed=seed, progress=progress)
+    prior_steps = 4 * steps  # still a tenth of the time: a step of the prior touches no image
+    with _progress_bar("prior", prior_steps, "energy distance") as progress:
+        fit_prior(model, train_images, steps=prior_steps, seed=seed, progress=progress)
     seconds = time.perf_counter() - start
 
     latents = torch.randn(_COMPARED, model.latent, generator=torch.Generator().manual_seed(seed))
