@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor, nn
 
 from benchmarks.shapes import LAYERS, REFERENCE_LAYER, LayerShape
-from benchmarks.timing import DTYPES, Call, Row, check_outputs, race, rivals_of
+from benchmarks.timing import DTYPES, Call, Row, check_outputs, rivals_of, time_in_turn
 from sparsegan.layers import SPARSE_TYPES, SparseChain, SparseLayer
 from sparsegan.patterns import PRUNABLE_TYPES, BlockPattern
 from sparsegan.prune import count_macs, make_permanent, prune
@@ -47,7 +47,7 @@ def test_layer(
     pruned = prune_all(dense, x, sparsity, block)
     (layer,) = sparse_layers(pruned, x, dtype, block)
     kernel_error, dense_error = check_outputs(layer, pruned, x, dtype)
-    timed = race(benchmark, lambda: layer(x), _rivals(shape, 1, with_compile), dtype, row_seconds)
+    timed = time_in_turn(benchmark, lambda: layer(x), _rivals(shape, 1, with_compile), dtype, row_seconds)
     if timed is None:
         return
     ms, peak = timed
@@ -89,7 +89,7 @@ def test_chain(
     chain, first = SparseChain(*layers), SparseChain(layers[0])
     kernel_error, dense_error = check_outputs(chain, pruned, x, "int8")
     rivals = {**_rivals(shape, CHAIN, with_compile), "first layer": lambda: first(x)}
-    timed = race(benchmark, lambda: chain(x), rivals, "int8", row_seconds)
+    timed = time_in_turn(benchmark, lambda: chain(x), rivals, "int8", row_seconds)
     if timed is None:
         return
     ms, peak = timed

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.shapes import MODEL_NAMES, BenchModel, build_model
-from benchmarks.timing import DTYPES, Call, Row, check_outputs, race, rivals_of
+from benchmarks.timing import DTYPES, Call, Row, check_outputs, rivals_of, time_in_turn
 from sparsegan.patterns import BlockPattern
 from sparsegan.prune import count_macs, make_permanent, prune
 from sparsegan.swap import SwapConfig, explain, swap_to_sparse
@@ -47,7 +47,9 @@ def test_model(
         make_permanent(prune(pruned, BLOCK, sparsity, "l2", example_inputs=inputs))
     sparse = swap_to_sparse(pruned, SwapConfig(dtype), inputs)  # type: ignore[arg-type]
     kernel_error, dense_error = check_outputs(sparse, pruned, inputs[0], dtype)
-    timed = race(benchmark, lambda: sparse(*inputs), _rivals(name, batch, with_compile), dtype, row_seconds)
+    timed = time_in_turn(
+        benchmark, lambda: sparse(*inputs), _rivals(name, batch, with_compile), dtype, row_seconds
+    )
     if timed is None:
         return
     ms, peak = timed

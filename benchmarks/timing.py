@@ -138,7 +138,7 @@ def check_outputs(sparse: nn.Module, dense: nn.Module, x: Tensor, dtype: str) ->
     return kernel_error, dense_error
 
 
-def race(
+def time_in_turn(
     benchmark: Any, ours: Call, rivals: Mapping[str, Call], dtype: str, seconds: float
 ) -> tuple[dict[str, float], float] | None:
     """Time `ours` by pytest-benchmark and the rivals in turn: median ms of each, median peak in GMAC/s.

@@ -1,8 +1,8 @@
 """sparsegan: prune image generators into structured sparsity, quantise them, and run them on block-sparse kernels.
 
-    pruned = prune(model, BlockPattern(8, 4), sparsity=0.75, example_inputs=(z,))     # zeros, still trainable
-    fast = swap_to_sparse(pruned, example_inputs=(z,))                                # never slower than before
-    save(fast, "generator.safetensors")
+prune(model, BlockPattern(8, 4), sparsity=0.75, example_inputs=(z,))    # in place: zeros, still trainable
+fast = swap_to_sparse(model.eval(), example_inputs=(z,))                # a copy, never slower than before
+save(fast, "generator.safetensors")
 """
 
 from .checkpoint import load, save

@@ -34,6 +34,7 @@ from sparsegan.prune.trace import image_of
 from sparsegan.report import (
     check_kernels,
     dense_counterpart,
+    finite,
     image_grid,
     layer_results,
     layer_table,
@@ -190,7 +191,7 @@ def generate(
 def bench(
     model: Annotated[str, typer.Argument(help=f"A saved model, or one of {', '.join(MODELS)}.")],
     sparsity: _Sparsity = 0.75,
-    pattern: _Pattern = "8x4",
+    pattern: _Pattern = "4x4",
     seconds: Annotated[float, typer.Option(min=0.0, help="To time each batch size.")] = 3.0,
     as_json: _Json = False,
 ) -> None:
@@ -267,7 +268,7 @@ def _console(as_json: bool) -> Console:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+    print(json.dumps(finite(value), indent=2, allow_nan=False))
 
 
 def _check_folder(path: Path) -> None:

@@ -58,7 +58,7 @@ def compress(
     steps:         of distillation, 48 samples each; 0 leaves it out.
     dtype:         number format of the sparse layers, see `SwapConfig`.
     seed:          of every random draw; the global generator is left alone. The weights are then the same
-                   each time on the same kind of machine; which layers are swapped is measured.
+                   each time on the same kind of machine; which layers are swapped is measured, at batch 1.
     progress:      called as each stage begins and after each step of it.
 
     Raises ValueError for a model in training mode or fewer than 0 steps, and what `prune`, `recover` and

@@ -87,7 +87,8 @@ def run_demo(
         "settings": {"pattern": str(pattern), "sparsity": sparsity, "seed": seed},
         "models": [result.to_json() for result in results],
     }
-    (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=2, allow_nan=False)
+    (out / "demo.json").write_text(text + "\n", encoding="utf-8")
     console.print(model_table(results))
     for result in results:
         console.print(

@@ -249,8 +249,9 @@ class SparseConvTranspose2d(SparseLayer):
 class SparseChain(nn.Sequential):
     """Sparse layers that follow each other, run in one native call: nothing is converted between them.
 
-    All convolutions (transposed or not) or all linear, in one number format and with one backend. The results
-    are those of the layers one after another. Raises ValueError for layers that cannot stand in one chain.
+    All convolutions (transposed or not) or all linear, with one backend and, by choice (see `chainable`), in one
+    number format. The results are those of the layers one after another. Raises ValueError for layers that
+    cannot stand in one chain.
     """
 
     def __init__(self, *layers: SparseLayer) -> None:
@@ -280,6 +281,8 @@ SPARSE_TYPES: dict[type[PrunableLayer], type[SparseLayer]] = {
 
 def chainable(before: SparseLayer, after: SparseLayer) -> bool:
     """Whether `after` can follow `before` in one SparseChain."""
+    # One number format is a choice: the op can mix them, but a swap has one for all its layers, so that a mixture
+    # has no use yet.
     return (
         (before.KIND == "linear") == (after.KIND == "linear")
         and before.out_channels == after.in_channels

@@ -49,6 +49,9 @@ _MOST_ROUNDS = 100
 # Without inputs to time the kernels on: the largest density at which they beat dense float32 for any shape.
 RULE_DENSITY = 0.5
 
+# What the kernels leave out is at least this large; above this density it is not worth a word.
+_SMALLEST_BLOCK, _HARDLY_LESS = BlockPattern(min(EFFICIENCY), BK), 0.98
+
 # Relative error that rounding cannot explain.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.int8: 0.5}
 
@@ -66,6 +69,8 @@ class SwapConfig:
                  dense. None detects it.
     min_speedup: a layer is swapped when it becomes at least this many times as fast; 0 swaps whatever can be.
     calibration: batches for the int8 ranges, a tuple of positional inputs each; None takes example_inputs.
+    percentile:  the int8 ranges leave out the (100 - percentile) % furthest out on each side, see
+                 `quantize.calibrate`; None keeps the extremes.
     layers:      names of the layers to consider; None considers all.
     """
 
@@ -73,13 +78,23 @@ class SwapConfig:
     backend: str | None = None
     pattern: str | Pattern | None = None
     min_speedup: float = 1.0
-    calibration: Iterable[tuple[Any, ...]] | None = None
+    calibration: Sequence[tuple[Any, ...]] | None = None
+    percentile: float | None = None
     layers: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.calibration is not None:  # a generator would be used up by the first swap
+            object.__setattr__(self, "calibration", tuple(self.calibration))
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What became of one layer. Milliseconds are medians on the example inputs; None: it was not timed."""
+    """What became of one layer.
+
+    density: share of the dense layer's multiply-adds that its sparse counterpart executes; of a layer that has
+             none, share of the weights that are not zero.
+    before_ms, after_ms: medians on the example inputs; None: it was not timed.
+    """
 
     name: str
     kind: str
@@ -94,7 +109,10 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One row a layer, and the whole model; str() is a table for people."""
+    """One row a layer, and the whole model; str() is a table for people.
+
+    before_ms, after_ms: of the whole model, dense and swapped; also when the swap was undone. None: not timed.
+    """
 
     rows: tuple[LayerRow, ...]
     summary: str
@@ -160,7 +178,11 @@ def swap_to_sparse(
             _refuse_unreached(dense, layers, inputs)
         ranges = {}
         if dtype == torch.int8:
-            ranges = calibrate(dense, batches, [layer.name for layer in layers if layer.open])
+            names = [layer.name for layer in layers if layer.open]
+            if config.percentile is None:
+                ranges = calibrate(dense, batches, names)
+            else:
+                ranges = calibrate(dense, batches, names, "percentile", config.percentile)
         activations = following_activations(dense) if fused else {}
         for layer in layers:
             if layer.open:
@@ -177,7 +199,7 @@ def swap_to_sparse(
         if inputs is not None and any(layer.swap for layer in layers):
             whole_ms = _whole_model_ms(model, dense, swapped, inputs)
             if problem := _problem(dense, swapped, inputs, dtype, whole_ms, config.min_speedup):
-                swapped, whole_ms = dense, None
+                swapped = dense
                 for layer in layers:
                     if layer.swap:
                         layer.settle(False, problem)
@@ -249,19 +271,31 @@ class _Layer:
             self.why = str(error)
 
     def row(self) -> LayerRow:
-        shown = self.sparse if self.swap else None
         view = weight_view(self.module)
+        zeros = detect_pattern(view)
+        density = self.sparse.density if self.sparse else (view != 0).double().mean().item()
+        dtype = self.sparse.dtype if self.sparse and self.swap else view.dtype
         return LayerRow(
             name=self.name,
             kind=type(self.module).__name__,
             swapped=self.swap,
-            why=self.why,
-            pattern=shown.pattern if shown else str(detect_pattern(view) or "dense"),
-            density=shown.density if shown else (view != 0).double().mean().item(),
-            dtype=str(shown.dtype if shown else view.dtype).removeprefix("torch."),
+            why=self.why + self.note(view, zeros),
+            pattern=str(zeros or "dense"),
+            density=density,
+            dtype=str(dtype).removeprefix("torch."),
             before_ms=self.before_ms,
             after_ms=self.after_ms,
         )
+
+    def note(self, view: Tensor, zeros: Pattern | None) -> str:
+        """What to say when there are zeros, and hardly one of them lies in a block that the kernels leave out."""
+        if zeros is None or self.sparse is None or self.sparse.density < _HARDLY_LESS:
+            return ""
+        kept = _SMALLEST_BLOCK.group_sums(view != 0) > 0
+        if kept.double().mean() < _HARDLY_LESS:  # they do, but padded rows outweigh them
+            return ""
+        few = "no" if kept.all() else "almost no"
+        return f"; {few} zero {_SMALLEST_BLOCK} blocks: {zeros} zeros save nothing on a CPU"
 
     @property
     def dense_steps(self) -> list[nn.Module]:
@@ -461,15 +495,18 @@ def _sparse(layer: _Layer) -> SparseLayer:
 
 
 def _decide_by_rule(layers: list[_Layer], config: SwapConfig) -> None:
-    missing = ops.extension_error() if config.backend is None else None
+    slow = None  # why the reference backend would run, though the config does not ask for it
+    if config.backend is None:
+        named = ops.default_backend() == "reference"
+        slow = "SPARSEGAN_BACKEND names it" if named else ops.extension_error()
     for layer in layers:
         if not layer.open:
             continue
         density = _sparse(layer).density
         if config.min_speedup == 0:
             layer.settle(True, "min_speedup is 0")
-        elif missing:
-            layer.settle(False, f"the reference backend is slower than dense, and {missing}")
+        elif slow:
+            layer.settle(False, f"the reference backend is slower than dense, and {slow}")
         else:
             sign = "<=" if density <= RULE_DENSITY else ">"
             layer.settle(density <= RULE_DENSITY, f"rule: density {density:.2f} {sign} {RULE_DENSITY}")
@@ -615,8 +652,9 @@ def _explanation(layers: list[_Layer], whole_ms: tuple[float, float] | None) -> 
     if whole_ms is None:
         return Explanation(rows, summary)
     before, after = whole_ms
+    state = "swapped" if swapped else "before that was undone"
     summary += (
-        f"; whole model {before:.3f} ms dense, {after:.3f} ms swapped: {before / after:.2f} times as fast"
+        f"; whole model {before:.3f} ms dense, {after:.3f} ms {state}: {before / after:.2f} times as fast"
     )
     return Explanation(rows, summary, before, after)
 

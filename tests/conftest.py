@@ -1,9 +1,13 @@
 """Fixtures shared by all tests."""
 
+from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
+
 import pytest
 import torch
 
-from sparsegan import ops
+from sparsegan import ops, swap
 
 ISAS = ("avx512_vnni", "avx2_vnni", "avx2", "portable")
 
@@ -29,3 +33,21 @@ def uninitialised_is_nan():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """`compress` and the demo with little data; what can be swapped is, whatever the clock says."""
+    # By import_module, because the package has functions of the same names as its modules.
+    small = [
+        ("sparsegan.prune.importance", "OBD_DRAWS", 5),
+        ("sparsegan.compress", "CALIBRATION_BATCHES", 1),
+        ("sparsegan.compress", "SwapConfig", partial(swap.SwapConfig, min_speedup=0)),
+        ("sparsegan.swap", "LAYER_BUDGET", 0.0),
+        ("sparsegan.swap", "MODEL_BUDGET", 0.0),
+        ("sparsegan.demo", "_EVALUATED", 32),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in small:
+            patch.setattr(import_module(module), name, value)
+        yield

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from benchmarks import bench_layers, bench_models, shapes
 from benchmarks.report import row_table, target_table, targets
-from benchmarks.timing import Row, WrongOutputError, check_outputs, race, rivals_of
+from benchmarks.timing import Row, WrongOutputError, check_outputs, rivals_of, time_in_turn
+from sparsegan import swap
 from sparsegan.layers import SparseConv2d
 from sparsegan.patterns import BlockPattern, detect_pattern, weight_view
 from sparsegan.prune import count_macs
@@ -28,7 +29,7 @@ BLOCK = BlockPattern(8, 4)
 
 
 class FakeBenchmark:
-    """What `race` uses of pytest-benchmark's fixture; every call takes two milliseconds."""
+    """What `time_in_turn` uses of pytest-benchmark's fixture; every call takes two milliseconds."""
 
     def __init__(self) -> None:
         self.stats: dict[str, float] | None = None
@@ -99,7 +100,9 @@ def test_a_wrong_model_gives_no_row(monkeypatch: pytest.MonkeyPatch):
     assert rows == []
 
 
-def test_a_right_model_gives_a_row():
+def test_a_right_model_gives_a_row(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(swap, "LAYER_BUDGET", 0.0)
+    monkeypatch.setattr(swap, "MODEL_BUDGET", 0.0)
     rows: list[Row] = []
     bench_models.test_model("VAE", 1, "int8", 0.75, FakeBenchmark(), rows, 0.0, False)
     (row,) = rows
@@ -131,7 +134,7 @@ def test_contenders_take_turns():
     calls: list[str] = []
     benchmark = FakeBenchmark()
     rivals = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}
-    race(benchmark, lambda: calls.append("ours"), rivals, "int8", 0.0)
+    time_in_turn(benchmark, lambda: calls.append("ours"), rivals, "int8", 0.0)
     once = ["a", "a", "b", "b", "ours", "ours"]
     assert calls == once * (2 + benchmark.rounds)
 

@@ -5,11 +5,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparsegan.compress import compress
+from sparsegan.compress import Compressed, compress
 from sparsegan.layers import SparseLayer
 from sparsegan.patterns import BlockPattern, weight_view
 from sparsegan.prune import sparsity_report
 from sparsegan.report import mean_psnr
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def generator() -> nn.Sequential:
@@ -38,12 +40,16 @@ def latents(n: int, source: torch.Generator) -> tuple[Tensor]:
 UNSEEN = latents(32, torch.Generator().manual_seed(1234))
 
 
-def run(**settings: object):
+def run(**settings: object) -> Compressed:
     return compress(generator(), latents, **{"sparsity": 0.5, "steps": 3, **settings})
 
 
-def test_gives_a_swapped_and_a_pruned_model():
-    result = run()
+@pytest.fixture(scope="module")
+def result(quick: None) -> Compressed:
+    return run()
+
+
+def test_gives_a_swapped_and_a_pruned_model(result: Compressed):
     assert any(isinstance(module, SparseLayer) for module in result.model.modules())
     assert mean_psnr(result.model(*UNSEEN), result.pruned(*UNSEEN)) > 25  # int8 alone
     report = sparsity_report(result.pruned, UNSEEN)
@@ -55,7 +61,7 @@ def test_gives_a_swapped_and_a_pruned_model():
 
 def test_distillation_brings_the_images_back():
     teacher = generator()(*UNSEEN)
-    psnr = [mean_psnr(run(steps=steps).pruned(*UNSEEN), teacher) for steps in (0, 40)]
+    psnr = [mean_psnr(run(steps=steps).pruned(*UNSEEN), teacher) for steps in (0, 20)]
     assert psnr[1] > psnr[0] + 1
 
 
@@ -69,10 +75,10 @@ def test_the_dense_model_and_the_random_state_stay():
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_is_repeatable():
-    first, again, other = run(), run(), run(seed=1)
-    weights = [[*result.pruned.state_dict().values()] for result in (first, again, other)]
-    assert first.history == again.history != other.history
+def test_is_repeatable(result: Compressed):
+    again, other = run(), run(seed=1)
+    weights = [[*each.pruned.state_dict().values()] for each in (result, again, other)]
+    assert result.history == again.history != other.history
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[2], strict=True))
 

@@ -14,35 +14,44 @@ from sparsegan import demo
 from sparsegan.checkpoint import load
 from sparsegan.models import load_model
 from sparsegan.patterns import BlockPattern
-from sparsegan.report import WrongKernelError
+from sparsegan.report import WrongKernelError, mean_psnr
 
 BLOCK = BlockPattern(4, 4)
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
+def finished(quick: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
     out = tmp_path_factory.mktemp("demo")
     console = Console(width=100, color_system=None, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    report = demo.run_demo(["dcgan", "vae"], out, pattern=BLOCK, steps=6, seconds=0.0, console=console)
+    names = ["dcgan", "vae"]
+    # At half the work a few steps bring the images back, at a quarter they do not.
+    report = demo.run_demo(names, out, pattern=BLOCK, sparsity=0.5, steps=6, seconds=0.0, console=console)
     return out, report, console.export_text()
 
 
 def test_writes_what_it_reports(finished: tuple[Path, dict, str]):
     out, report, _ = finished
-    assert json.loads((out / "demo.json").read_text()) == report
+    assert json.loads((out / "demo.json").read_text(), parse_constant=pytest.fail) == report
     assert [model["name"] for model in report["models"]] == ["dcgan", "vae"]
-    assert report["settings"] == {"pattern": "4x4", "sparsity": 0.75, "seed": 0}
+    assert report["settings"] == {"pattern": "4x4", "sparsity": 0.5, "seed": 0}
 
 
 def test_removes_what_was_asked_for(finished: tuple[Path, dict, str]):
     for model in finished[1]["models"]:
-        assert 0.75 <= model["removed"] < 0.76
+        assert 0.5 <= model["removed"] < 0.51
         assert model["steps"] == 6
 
 
-def test_images_come_close_even_with_few_steps(finished: tuple[Path, dict, str]):
+def test_images_are_those_of_their_latents_even_with_few_steps(finished: tuple[Path, dict, str]):
     for model in finished[1]["models"]:
-        assert model["psnr"] > 12
+        loaded, swapped = load_model(model["name"]), load(finished[0] / f"{model['name']}.safetensors")
+        inputs = loaded.sample_inputs(64, torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            dense, images = loaded.model(*inputs), swapped(*inputs)
+        assert mean_psnr(images, dense) > mean_psnr(images, dense.roll(1, 0)) + 4
+        assert model["psnr"] == pytest.approx(mean_psnr(images, dense), abs=1)  # other latents
         assert model["psnr_swapped"] > 30  # int8 alone
         assert model["kernel_error"] < 1e-3
 

@@ -31,7 +31,7 @@ TOP = {"__init__", "__main__", "cli", "compress", "demo", "report"}
 def rooms(path: Path) -> set[str]:
     """Rooms of the package that a file imports."""
     parts = ("sparsegan", *path.relative_to(PACKAGE).with_suffix("").parts)
-    package = parts[:-1] if parts[-1] != "__init__" else parts[:-1]
+    package = parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

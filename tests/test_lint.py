@@ -13,7 +13,12 @@ SOURCES = [str(p) for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in (".cpp"
 
 @pytest.mark.parametrize(
     "command",
-    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["clang-format", "--dry-run", "--Werror", *SOURCES], ["mypy"]],
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["clang-format", "--dry-run", "--Werror", *SOURCES],
+        ["mypy"],
+    ],
     ids=["ruff", "ruff format", "clang-format", "mypy"],
 )
 def test_linter_is_content(command):

@@ -159,7 +159,7 @@ def test_parse_pattern_refuses(text):
 def test_pattern_for():
     assert pattern_for("cpu", torch.int8) == BlockPattern(8, 4)
     assert pattern_for(torch.device("cuda", 1), torch.bfloat16) == BlockPattern(32, 32)
-    with pytest.raises(ValueError, match=r"no sparse kernels for cpu torch.float64.*cpu torch.int8"):
+    with pytest.raises(ValueError, match=r"no pattern for cpu torch.float64.*cpu torch.int8"):
         pattern_for("cpu", torch.float64)
 
 

@@ -13,8 +13,9 @@ namespace sparsegan {
 
 // What happens between the accumulator and memory. The per-row arrays follow row_channels; padding rows hold zeros.
 struct Epilogue {
-  const float* scale = nullptr;  // [rows * block_o]
-  const float* bias = nullptr;   // [rows * block_o]
+  const float* scale = nullptr;  // [rows * block_o], and readable for kPadding more
+  const float* bias = nullptr;
+  static constexpr int kPadding = 16;  // a vector
   Activation activation = Activation::kNone;
   float slope = 0;
   float out_inv_scale = 1;  // int8 output: q = round(y * out_inv_scale) + out_zero
@@ -39,6 +40,7 @@ struct Split {
   int64_t phase_rows = 0;    // groups of plan->interleave phases
   int64_t strip = 0;         // tiles that all row groups visit before the next tiles: their input stays in L2
   bool whole_lanes = false;  // packed rows lie in channel order, so a lane of the output is written whole
+  bool in_order = false;     // packed row r computes channel r
   int64_t tasks() const { return tiles * row_groups * phase_rows; }
 };
 

@@ -13,6 +13,7 @@ namespace {
 using S = Simd;
 constexpr int kMaxR = 8;
 constexpr int kMaxV = S::kMaxV4 > S::kMaxV8 ? S::kMaxV4 : S::kMaxV8;
+constexpr int kGroupChannels = 128;         // output channels of a task, see make_split
 constexpr int kTileWords = 32 * S::kLanes;  // the largest R * V tile
 static_assert(8 * S::kMaxV8 <= 32 && 4 * S::kMaxV4 <= 32, "a tile must fit kTileWords");
 
@@ -259,10 +260,11 @@ Split make_split(const GatherGemm& op, int threads) {
   s.phase_rows = plan.pixels ? 1 : int64_t(plan.phases.size()) / plan.interleave;
   s.strip = ceil_div(s.tiles, ceil_div(ceil_div(s.tiles, 16), threads) * threads);
   // 128 output channels a task keep the tile's input in L1 while the weights pass; fewer when tasks would not go round.
-  s.row_group = 128 / w.block_o;
+  s.row_group = kGroupChannels / w.block_o;
   while (s.row_group > 1 && s.tiles * s.phase_rows * ceil_div(w.rows, s.row_group) < 6 * threads) s.row_group /= 2;
   s.row_groups = ceil_div(w.rows, s.row_group);
-  s.whole_lanes = true;
+  s.whole_lanes = s.in_order = true;
+  for (int64_t r = 0; r < w.out_channels; r++) s.in_order &= w.row_channels[r] == r;
   const int per_lane = lane_channels(op.out_layout->format);
   for (int64_t r = 0; per_lane > 1 && r < w.rows * w.block_o; r += per_lane) {
     const int32_t first = w.row_channels[r];
@@ -357,6 +359,18 @@ void scatter(const int32_t* words, const TilePixels& tile, const Plan& plan, con
   }
 }
 
+// The blocks of a packed row that output phase `index` uses.
+template <class T>
+void select_phase(const GatherGemm& op, int64_t row, int64_t index, TileInput* in) {
+  const PackedWeight& w = *op.weight;
+  const OutputPhase& phase = op.plan->phases[index];
+  const int64_t begin = w.tap_ptr[row * w.taps + phase.tap_begin], end = w.tap_ptr[row * w.taps + phase.tap_end];
+  in->cols = w.cols + begin;
+  in->values = w.values + begin * w.block_o * kBlockK * element_bytes(T::kFormat);
+  in->blocks = end - begin;
+  in->start = op.plan->init.empty() ? nullptr : op.plan->init.data() + (index * w.rows + row) * w.block_o;
+}
+
 template <class T>
 void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t row, int64_t phase_row) {
   const Plan& plan = *op.plan;
@@ -389,22 +403,12 @@ void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, i
     target.count[v] = direct ? int(tile.segments[v].count) : S::kLanes;
   }
 
-  // The blocks of this row that output phase `index` uses.
-  auto select_phase = [&](int64_t index) {
-    const OutputPhase& phase = plan.phases[index];
-    const int64_t begin = w.tap_ptr[row * w.taps + phase.tap_begin], end = w.tap_ptr[row * w.taps + phase.tap_end];
-    in.cols = w.cols + begin;
-    in.values = w.values + begin * block_o * kBlockK * element_bytes(T::kFormat);
-    in.blocks = end - begin;
-    in.start = plan.init.empty() ? nullptr : plan.init.data() + (index * w.rows + row) * block_o;
-  };
-
   for (int b = 0; b < interleave; b++) {
     if (plan.pixels) {
       for (int v = 0; v < vectors; v++) {
         in.x[0] = tile.x[v];
         for (int lane = 0; lane < S::kLanes && tile.first_pixel[v] + lane < int64_t(plan.phases.size()); lane++) {
-          select_phase(tile.first_pixel[v] + lane);
+          select_phase<T>(op, row, tile.first_pixel[v] + lane, &in);
           int32_t sums[kMaxR];
           block_o == 8 ? compute_pixel<8>(in, sums) : compute_pixel<4>(in, sums);
           for (int r = 0; r < block_o; r++) {
@@ -414,7 +418,7 @@ void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, i
         }
       }
     } else {
-      select_phase(phase_row * interleave + b);
+      select_phase<T>(op, row, phase_row * interleave + b, &in);
       compute_tile<T>(block_o, vectors, in, acc);
     }
     if (b > 0)
@@ -455,6 +459,51 @@ void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, i
   }
 }
 
+// One pixel in, one out, such as a linear layer at a small batch: the channels lie side by side, so they are the lanes.
+template <Activation kActivation>
+void run_single_pixel(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t first_row,
+                      int64_t last_row) {
+  const PackedWeight& w = *op.weight;
+  const Epilogue& e = op.epilogue;
+  const int64_t first = first_row * w.block_o, count = (last_row - first_row) * w.block_o;
+  alignas(64) int32_t sums[kGroupChannels];
+  TileInput in;
+  in.offsets = op.plan->offsets.data();
+  for (int v = 0; v < vectors; v++) {
+    in.x[0] = tile.x[v];
+    for (int64_t row = first_row; row < last_row; row++) {
+      select_phase<Int8>(op, row, 0, &in);
+      int32_t* to = sums + (row - first_row) * w.block_o;
+      w.block_o == 8 ? compute_pixel<8>(in, to) : compute_pixel<4>(in, to);
+    }
+    uint8_t* const pixel = op.out + 4 * tile.segments[v].lane;
+    for (int64_t c = 0; c < count; c += S::kLanes) {
+      const int lanes = count - c < S::kLanes ? int(count - c) : S::kLanes;
+      S::I words = S::as_i(activate<kActivation>(
+          S::madd(S::to_float(S::load(sums + c)), S::load_f(e.scale + first + c), S::load_f(e.bias + first + c)), e.slope));
+      const bool quantize = op.out_layout->format == Format::kInt8;
+      if (quantize) {
+        const S::I q = simd_quantize(S::as_f(words), e.out_inv_scale);
+        words = S::pack4(q, q, q, q, e.out_zero);
+      } else if (split.in_order && first + c + lanes <= w.out_channels) {
+        S::store_partial(pixel + 4 * (first + c), words, lanes);
+        continue;
+      }
+      alignas(64) int32_t buffer[S::kLanes];
+      S::store(buffer, words);
+      for (int i = 0; i < lanes; i++) {
+        const int32_t channel = w.row_channels[first + c + i];
+        if (channel >= 0) std::memcpy(pixel + (quantize ? 1 : 4) * channel, buffer + i, quantize ? 1 : 4);
+      }
+    }
+  }
+}
+using RunSinglePixel = void (*)(const GatherGemm&, const Split&, const TilePixels&, int, int64_t, int64_t);
+constexpr RunSinglePixel kRunSinglePixel[] = {// by Activation
+                                              run_single_pixel<Activation::kNone>, run_single_pixel<Activation::kRelu>,
+                                              run_single_pixel<Activation::kLeakyRelu>, run_single_pixel<Activation::kTanh>,
+                                              run_single_pixel<Activation::kSigmoid>};
+
 void run_task(const GatherGemm& op, const Split& split, int64_t task) {
   // strips of tiles; in a strip every (phase row, row group), then its tiles
   const int64_t rest = split.row_groups * split.phase_rows;
@@ -470,6 +519,9 @@ void run_task(const GatherGemm& op, const Split& split, int64_t task) {
   TilePixels tile;
   find_pixels(op, first, vectors, op.plan->phases[phase_row * op.plan->interleave], &tile);
   const int64_t row_end = (group + 1) * split.row_group < op.weight->rows ? (group + 1) * split.row_group : op.weight->rows;
+  if (op.plan->pixels && op.plan->phases.size() == 1 && op.out_layout->plane_stride == 1 &&
+      op.out_layout->format != Format::kBFloat16)
+    return kRunSinglePixel[int(op.epilogue.activation)](op, split, tile, vectors, group * split.row_group, row_end);
   for (int64_t row = group * split.row_group; row < row_end; row++) {
     switch (op.weight->format) {
       case Format::kInt8:

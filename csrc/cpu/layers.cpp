@@ -76,7 +76,7 @@ void for_each_task(int64_t tasks, bool serial, const F& run) {
 Epilogue make_epilogue(const Layer& layer, std::vector<float>* rows) {
   const PackedWeight& w = layer.weight;
   const int64_t count = w.rows * w.block_o;
-  rows->assign(2 * count, 0.0f);
+  rows->assign(2 * count + Epilogue::kPadding, 0.0f);
   for (int64_t r = 0; r < count; r++) {
     const int32_t channel = w.row_channels[r];
     if (channel < 0) continue;

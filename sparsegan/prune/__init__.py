@@ -101,15 +101,11 @@ def prune(
         adopt_torch_mask(layer)
 
     score = _resolve_importance(importance, model, chosen, example_inputs, seed)
-    sums = {
-        name: pattern.group_sums(_checked_scores(name, layer, score)) for name, layer in chosen.items()
-    }
+    sums = {name: pattern.group_sums(_checked_scores(name, layer, score)) for name, layer in chosen.items()}
     if isinstance(pattern, NMPattern):
         kept = {name: pattern.best(scores) for name, scores in sums.items()}
     else:
-        kept = _keep_within_budget(
-            pattern, chosen, sums, positions, macs, sparsity, budgets.RULES[allocate]
-        )
+        kept = _keep_within_budget(pattern, chosen, sums, positions, macs, sparsity, budgets.RULES[allocate])
     for name, layer in chosen.items():
         view = weight_view(layer)
         mask = pattern.expand(kept[name], tuple(view.shape))

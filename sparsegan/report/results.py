@@ -7,6 +7,7 @@ and of the kernels (against the reference backend, same packed weights). The las
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -78,6 +79,7 @@ class ModelResult:
     psnr (dB), ssim:  the swapped model's images against the dense ones at the same latents, mean.
     psnr_pruned:      the same for the pruned float32 model, before int8.
     psnr_swapped:     the swapped model against the pruned float32 one: the error of int8 alone.
+                      A PSNR is +inf when nothing differs.
     kernel_error:     largest difference to the reference backend, relative to the largest output.
     """
 
@@ -97,11 +99,20 @@ class ModelResult:
     layers: list[LayerResult]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, and the speed-ups, as JSON types."""
+        """Everything, and the speed-ups, as JSON types; see `finite`."""
         fields = asdict(self)
         for speed, entry in zip(self.speeds, fields["speeds"], strict=True):
             entry["speedup"] = speed.speedup
-        return fields
+        return cast(dict[str, Any], finite(fields))
+
+
+def finite(value: Any) -> Any:
+    """`value`, of dicts, lists and plain values, with None for numbers that JSON does not have: the PSNR of equal images."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_kernels(model: nn.Module, inputs: tuple[Any, ...]) -> float:
