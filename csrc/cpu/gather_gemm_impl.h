@@ -195,7 +195,11 @@ struct WordTarget {
   int64_t col[kMaxV];   // in words
   int count[kMaxV];     // words of the vector that exist
   void put(int i, int v, S::I words) const {
-    if (row[i]) S::store_partial(row[i] + col[v], words, count[v]);
+    if (!row[i]) return;
+    if (count[v] == S::kLanes)
+      S::store(row[i] + col[v], words);
+    else
+      S::store_partial(row[i] + col[v], words, count[v]);
   }
 };
 
@@ -210,11 +214,22 @@ void finish_rows(const int32_t* acc, int block_o, int vectors, const Epilogue& e
   if (out == Format::kInt8) {
     auto quantized = [&](int r, int v) { return simd_quantize(value(r, v), e.out_inv_scale); };
     if (whole_lanes) {
-      for (int i = 0; i < block_o / 4; i++)
-        for (int v = 0; v < vectors; v++)
-          target.put(i, v,
-                     S::pack4(quantized(4 * i, v), quantized(4 * i + 1, v), quantized(4 * i + 2, v), quantized(4 * i + 3, v),
-                              e.out_zero));
+      for (int i = 0; i < block_o / 4; i++) {
+        S::F scale[4], bias[4];
+        for (int j = 0; j < 4; j++) {
+          scale[j] = S::set1(e.scale[row + 4 * i + j]);
+          bias[j] = S::set1(e.bias[row + 4 * i + j]);
+        }
+        for (int v = 0; v < vectors; v++) {
+          S::I q[4];
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; j++) {
+            const float* a = reinterpret_cast<const float*>(acc) + ((4 * i + j) * vectors + v) * S::kLanes;
+            q[j] = simd_quantize(activate<kActivation>(S::madd(S::load_f(a), scale[j], bias[j]), e.slope), e.out_inv_scale);
+          }
+          target.put(i, v, S::pack4(q[0], q[1], q[2], q[3], e.out_zero));
+        }
+      }
     } else {
       for (int r = 0; r < block_o; r++)
         for (int v = 0; v < vectors; v++) {
@@ -403,6 +418,10 @@ void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, i
     target.count[v] = direct ? int(tile.segments[v].count) : S::kLanes;
   }
 
+  // Saturation to u8 with no zero point is a ReLU already.
+  const bool clamps = op.epilogue.activation == Activation::kRelu && out.format == Format::kInt8 && op.epilogue.out_zero == 0;
+  const FinishRows finish = kFinishRows[int(clamps ? Activation::kNone : op.epilogue.activation)];
+
   for (int b = 0; b < interleave; b++) {
     if (plan.pixels) {
       for (int v = 0; v < vectors; v++) {
@@ -424,8 +443,7 @@ void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, i
     if (b > 0)
       for (int i = 0; i < word_rows; i++)
         if (target.row[i]) target.row[i] = buffer[b] + i * words;
-    kFinishRows[int(op.epilogue.activation)](acc, block_o, vectors, op.epilogue, row * block_o, out.format, split.whole_lanes,
-                                             target);
+    finish(acc, block_o, vectors, op.epilogue, row * block_o, out.format, split.whole_lanes, target);
   }
   if (direct) return;
 
