@@ -32,6 +32,7 @@ struct PackedWeight {
   const float* scale = nullptr;           // [out_channels]
   const float* bias = nullptr;            // [out_channels]
   int64_t blocks = 0, rows = 0, taps = 0, block_o = 0, out_channels = 0;
+  bool in_order = false;  // packed row r computes channel r, padding last
 };
 
 // A layer as the ops describe it. A linear layer is a 1x1 convolution over images of one pixel.

@@ -40,7 +40,6 @@ struct Split {
   int64_t phase_rows = 0;    // groups of plan->interleave phases
   int64_t strip = 0;         // tiles that all row groups visit before the next tiles: their input stays in L2
   bool whole_lanes = false;  // packed rows lie in channel order, so a lane of the output is written whole
-  bool in_order = false;     // packed row r computes channel r
   int64_t tasks() const { return tiles * row_groups * phase_rows; }
 };
 

@@ -278,10 +278,9 @@ Split make_split(const GatherGemm& op, int threads) {
   s.row_group = kGroupChannels / w.block_o;
   while (s.row_group > 1 && s.tiles * s.phase_rows * ceil_div(w.rows, s.row_group) < 6 * threads) s.row_group /= 2;
   s.row_groups = ceil_div(w.rows, s.row_group);
-  s.whole_lanes = s.in_order = true;
-  for (int64_t r = 0; r < w.out_channels; r++) s.in_order &= w.row_channels[r] == r;
+  s.whole_lanes = true;
   const int per_lane = lane_channels(op.out_layout->format);
-  for (int64_t r = 0; per_lane > 1 && r < w.rows * w.block_o; r += per_lane) {
+  for (int64_t r = 0; !w.in_order && per_lane > 1 && r < w.rows * w.block_o; r += per_lane) {
     const int32_t first = w.row_channels[r];
     bool whole = first < 0 || first % per_lane == 0;
     for (int i = 1; i < per_lane; i++) {
@@ -479,8 +478,7 @@ void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, i
 
 // One pixel in, one out, such as a linear layer at a small batch: the channels lie side by side, so they are the lanes.
 template <Activation kActivation>
-void run_single_pixel(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t first_row,
-                      int64_t last_row) {
+void run_single_pixel(const GatherGemm& op, const TilePixels& tile, int vectors, int64_t first_row, int64_t last_row) {
   const PackedWeight& w = *op.weight;
   const Epilogue& e = op.epilogue;
   const int64_t first = first_row * w.block_o, count = (last_row - first_row) * w.block_o;
@@ -503,7 +501,7 @@ void run_single_pixel(const GatherGemm& op, const Split& split, const TilePixels
       if (quantize) {
         const S::I q = simd_quantize(S::as_f(words), e.out_inv_scale);
         words = S::pack4(q, q, q, q, e.out_zero);
-      } else if (split.in_order && first + c + lanes <= w.out_channels) {
+      } else if (w.in_order && first + c + lanes <= w.out_channels) {
         S::store_partial(pixel + 4 * (first + c), words, lanes);
         continue;
       }
@@ -516,7 +514,7 @@ void run_single_pixel(const GatherGemm& op, const Split& split, const TilePixels
     }
   }
 }
-using RunSinglePixel = void (*)(const GatherGemm&, const Split&, const TilePixels&, int, int64_t, int64_t);
+using RunSinglePixel = void (*)(const GatherGemm&, const TilePixels&, int, int64_t, int64_t);
 constexpr RunSinglePixel kRunSinglePixel[] = {// by Activation
                                               run_single_pixel<Activation::kNone>, run_single_pixel<Activation::kRelu>,
                                               run_single_pixel<Activation::kLeakyRelu>, run_single_pixel<Activation::kTanh>,
@@ -539,7 +537,7 @@ void run_task(const GatherGemm& op, const Split& split, int64_t task) {
   const int64_t row_end = (group + 1) * split.row_group < op.weight->rows ? (group + 1) * split.row_group : op.weight->rows;
   if (op.plan->pixels && op.plan->phases.size() == 1 && op.out_layout->plane_stride == 1 &&
       op.out_layout->format != Format::kBFloat16)
-    return kRunSinglePixel[int(op.epilogue.activation)](op, split, tile, vectors, group * split.row_group, row_end);
+    return kRunSinglePixel[int(op.epilogue.activation)](op, tile, vectors, group * split.row_group, row_end);
   for (int64_t row = group * split.row_group; row < row_end; row++) {
     switch (op.weight->format) {
       case Format::kInt8:

@@ -174,18 +174,23 @@ PackedWeight read_weight(const std::vector<Tensor>& weight, int64_t taps, int64_
   bool ordered = w.tap_ptr[0] == 0 && w.tap_ptr[w.rows * taps] == w.blocks;
   for (int64_t i = 0; i < w.rows * taps; i++) ordered &= w.tap_ptr[i] <= w.tap_ptr[i + 1];
   STD_TORCH_CHECK(ordered, op, ": tap_ptr does not rise from 0 to the number of blocks, ", w.blocks);
-  std::vector<bool> seen(w.out_channels, false);
-  int64_t channels = 0;
-  for (int64_t r = 0; r < w.rows * w.block_o; r++) {
-    const int32_t channel = w.row_channels[r];
-    if (channel == -1) continue;
-    STD_TORCH_CHECK(channel >= 0 && channel < w.out_channels && !seen[channel], op, ": row_channels holds ", channel,
-                    ", wanted each of 0 to ", w.out_channels - 1, " once, and -1 for padding");
-    seen[channel] = true;
-    channels++;
+  // Nearly always in order, which is quickly seen; else each channel must be found once.
+  w.in_order = w.rows * w.block_o >= w.out_channels;
+  for (int64_t r = 0; w.in_order && r < w.rows * w.block_o; r++) w.in_order = w.row_channels[r] == (r < w.out_channels ? r : -1);
+  if (!w.in_order) {
+    std::vector<bool> seen(w.out_channels, false);
+    int64_t channels = 0;
+    for (int64_t r = 0; r < w.rows * w.block_o; r++) {
+      const int32_t channel = w.row_channels[r];
+      if (channel == -1) continue;
+      STD_TORCH_CHECK(channel >= 0 && channel < w.out_channels && !seen[channel], op, ": row_channels holds ", channel,
+                      ", wanted each of 0 to ", w.out_channels - 1, " once, and -1 for padding");
+      seen[channel] = true;
+      channels++;
+    }
+    STD_TORCH_CHECK(channels == w.out_channels, op, ": row_channels names ", channels, " channels, wanted each of ",
+                    w.out_channels, " once");
   }
-  STD_TORCH_CHECK(channels == w.out_channels, op, ": row_channels names ", channels, " channels, wanted each of ", w.out_channels,
-                  " once");
   return w;
 }
 
