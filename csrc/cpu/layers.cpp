@@ -43,7 +43,7 @@ constexpr int64_t kSlackBytes = 128;
 // Dot products of one vector below which waking other threads costs more than it saves (about 5 us of work).
 constexpr int64_t kSerialWork = 30000;
 
-constexpr int64_t kMaxThreads = 64;
+constexpr int64_t kMaxThreads = 64;  // shares live on the stack; layers of generators do not feed more
 constexpr int64_t kLinesPerTask = 4;
 int64_t pack_tasks(const LaneLayout& layout) { return (pack_lines(layout) + kLinesPerTask - 1) / kLinesPerTask; }
 
