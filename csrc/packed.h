@@ -11,7 +11,8 @@
 namespace sparsegan {
 
 enum class Format { kInt8, kBFloat16, kFloat32 };
-enum class Activation { kNone, kRelu, kLeakyRelu, kTanh, kSigmoid };
+enum class Activation { kNone, kRelu, kLeakyRelu, kTanh, kSigmoid, kSilu, kGelu };
+constexpr int kActivations = 7;
 
 // Input channels of one block: 4 int8 channels fill one 32-bit lane, so 4 is the finest block whose zeros save an instruction.
 constexpr int kBlockK = 4;
@@ -41,10 +42,7 @@ struct Layer {
   bool transposed = false;
   int64_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, padding_h = 0, padding_w = 0;
   int64_t output_padding_h = 0, output_padding_w = 0, dilation_h = 1, dilation_w = 1;
-  float inv_x_scale = 1.0f;  // int8 only: q = round(x * inv_x_scale) + x_zero
-  int32_t x_zero = 0;
-  Activation activation = Activation::kNone;
-  float slope = 0.0f;  // of kLeakyRelu
+  int32_t x_zero = 0;  // int8 only: what stands for 0 in x
 };
 
 }  // namespace sparsegan

@@ -61,6 +61,8 @@ def activate(y: Tensor, activation: str, slope: float) -> Tensor:
         "leaky_relu": lambda: F.leaky_relu(y, slope),
         "tanh": lambda: torch.tanh(y),
         "sigmoid": lambda: torch.sigmoid(y),
+        "silu": lambda: F.silu(y),
+        "gelu": lambda: F.gelu(y),
     }[activation]()
 
 

@@ -69,7 +69,8 @@ def test_activations(backend, activation):
     packed = packed_weight("linear", torch.ones(1, 1, 1), {}, torch.float32)
     y = ops.block_linear(x[:, None], packed, activation=activation, slope=0.2, backend=backend)[:, 0]
     wanted = activate(x.double(), activation, 0.2)
-    assert torch.allclose(y.double(), wanted, rtol=4e-7, atol=1e-7)
+    rtol, atol = {"silu": (1e-6, 1e-7), "gelu": (1e-6, 1e-6)}.get(activation, (4e-7, 1e-7))
+    assert torch.allclose(y.double(), wanted, rtol=rtol, atol=atol)
 
 
 def test_activation_keeps_nan(backend):

@@ -33,13 +33,14 @@ Tensor block_chain_cpu(const Tensor& x, std::vector<Tensor> weights, std::vector
                       weights.size() == count * kWeightTensors,
                   kOp, ": ", weights.size(), " weights, ", geometry.size(), " geometry values and ", scales.size(),
                   " scales do not describe the same number of layers");
-  std::vector<Layer> layers(count);
+  std::vector<LayerCall> layers(count);
   const bool rows = geometry[kKind] == 0;
   check_dim(x, rows ? 2 : 4, kOp, "x");
   int64_t channels = x.size(1);
   for (size_t i = 0; i < count; i++) {
     const int64_t* g = geometry.data() + i * kFields;
-    Layer& layer = layers[i];
+    LayerCall& call = layers[i];
+    Layer& layer = call.layer;
     STD_TORCH_CHECK(g[kKind] >= 0 && g[kKind] <= 2 && (g[kKind] == 0) == rows, kOp, ": layer ", i, " is of kind ", g[kKind],
                     "; a chain holds linear layers (0) or convolutions (1) and transposed ones (2)");
     layer.transposed = g[kKind] == 2;
@@ -48,11 +49,11 @@ Tensor block_chain_cpu(const Tensor& x, std::vector<Tensor> weights, std::vector
     const std::vector<Tensor> weight(weights.begin() + i * kWeightTensors, weights.begin() + (i + 1) * kWeightTensors);
     layer.weight = read_weight(weight, layer.kernel_h * layer.kernel_w, channels, kOp);
     channels = layer.weight.out_channels;
-    set_quantization(&layer, scales[i * kScales], g[kXZero], kOp);
+    set_quantization(&call, scales[i * kScales], g[kXZero], kOp);
     STD_TORCH_CHECK(g[kActivation] >= 0 && g[kActivation] <= int64_t(Activation::kSigmoid), kOp, ": layer ", i,
                     " has activation ", g[kActivation], ", wanted 0 to ", int64_t(Activation::kSigmoid));
-    layer.activation = Activation(g[kActivation]);
-    layer.slope = float(scales[i * kScales + 1]);
+    call.activation = Activation(g[kActivation]);
+    call.slope = float(scales[i * kScales + 1]);
   }
   return run_layers(x, rows, layers, kOp);
 }

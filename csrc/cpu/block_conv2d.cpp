@@ -11,13 +11,14 @@ Tensor block_conv2d_cpu(const Tensor& x, std::vector<Tensor> weight, std::vector
                         int64_t x_zero, std::string activation, double slope) {
   constexpr const char* kOp = "block_conv2d";
   check_dim(x, 4, kOp, "x");
-  Layer layer;
+  LayerCall call;
+  Layer& layer = call.layer;
   set_window(&layer, kernel_size, stride, padding, {0, 0}, dilation, kOp);
   layer.weight = read_weight(weight, layer.kernel_h * layer.kernel_w, x.size(1), kOp);
-  set_quantization(&layer, x_scale, x_zero, kOp);
-  layer.activation = read_activation(activation, kOp);
-  layer.slope = float(slope);
-  return run_layers(x, /*x_is_rows=*/false, {layer}, kOp);
+  set_quantization(&call, x_scale, x_zero, kOp);
+  call.activation = read_activation(activation, kOp);
+  call.slope = float(slope);
+  return run_layers(x, /*x_is_rows=*/false, {call}, kOp);
 }
 
 }  // namespace

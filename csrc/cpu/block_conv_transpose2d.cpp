@@ -13,14 +13,15 @@ Tensor block_conv_transpose2d_cpu(const Tensor& x, std::vector<Tensor> weight, s
                                   double slope) {
   constexpr const char* kOp = "block_conv_transpose2d";
   check_dim(x, 4, kOp, "x");
-  Layer layer;
+  LayerCall call;
+  Layer& layer = call.layer;
   layer.transposed = true;
   set_window(&layer, kernel_size, stride, padding, output_padding, dilation, kOp);
   layer.weight = read_weight(weight, layer.kernel_h * layer.kernel_w, x.size(1), kOp);
-  set_quantization(&layer, x_scale, x_zero, kOp);
-  layer.activation = read_activation(activation, kOp);
-  layer.slope = float(slope);
-  return run_layers(x, /*x_is_rows=*/false, {layer}, kOp);
+  set_quantization(&call, x_scale, x_zero, kOp);
+  call.activation = read_activation(activation, kOp);
+  call.slope = float(slope);
+  return run_layers(x, /*x_is_rows=*/false, {call}, kOp);
 }
 
 }  // namespace

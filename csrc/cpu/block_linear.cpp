@@ -10,12 +10,13 @@ Tensor block_linear_cpu(const Tensor& x, std::vector<Tensor> weight, double x_sc
                         double slope) {
   constexpr const char* kOp = "block_linear";
   check_dim(x, 2, kOp, "x");
-  Layer layer;
+  LayerCall call;
+  Layer& layer = call.layer;
   layer.weight = read_weight(weight, 1, x.size(1), kOp);
-  set_quantization(&layer, x_scale, x_zero, kOp);
-  layer.activation = read_activation(activation, kOp);
-  layer.slope = float(slope);
-  return run_layers(x, /*x_is_rows=*/true, {layer}, kOp);
+  set_quantization(&call, x_scale, x_zero, kOp);
+  call.activation = read_activation(activation, kOp);
+  call.slope = float(slope);
+  return run_layers(x, /*x_is_rows=*/true, {call}, kOp);
 }
 
 }  // namespace

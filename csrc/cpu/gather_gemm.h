@@ -1,4 +1,8 @@
-// y = act(scale * (sum over kept blocks of W_block . x_block - zero point) + bias), for every layer type.
+// v = act(scale * (sum over kept blocks of W_block . x_block - zero point) + bias), for every layer type, and what follows it:
+//
+//     accumulators ──> scale, bias, activation ──> + residual, activation ──> stores (affine, activation, modulation, rounding)
+//          or                                                          └────> sums for the normalisation that follows
+//     a stored tensor (pointwise steps)
 //
 // A tile is R packed rows (output channels) x V vectors of pixels, its R*V accumulators in registers. For each kept block of the
 // row: V loads of activations at one constant offset, then for each row one broadcast weight word and V dot products.
@@ -11,35 +15,73 @@
 
 namespace sparsegan {
 
-// What happens between the accumulator and memory. The per-row arrays follow row_channels; padding rows hold zeros.
-struct Epilogue {
-  const float* scale = nullptr;  // [rows * block_o], and readable for kPadding more
-  const float* bias = nullptr;
-  static constexpr int kPadding = 16;  // a vector
+// A tensor that is read pixel by pixel: lanes of a slot, or a float32 tensor of any strides.
+struct Source {
+  const uint8_t* data = nullptr;
+  LaneLayout layout;       // of a tensor: format f32, no ring, one phase; plane_stride is that of channels
+  int64_t col_stride = 1;  // lanes between neighbouring columns (of one phase)
+  float scale = 1;         // u8: value = (q - zero) * scale
+  int32_t zero = 0;
+  bool one_channel = false;  // the only channel serves all
+};
+
+// Arrays "by packed row" follow row_channels: [rows * block_o], padding rows hold zeros, and kPadding more can be read.
+constexpr int kPadding = 16;  // a vector
+
+struct Store {
+  uint8_t* data = nullptr;
+  const LaneLayout* layout = nullptr;
+  int64_t channel = 0;            // of the layout, where channel 0 of the step goes
+  const float* scale = nullptr;   // by packed row; nullptr: no affine
+  const float* bias = nullptr;    // by packed row
+  const float* factor = nullptr;  // by packed row, modulation; nullptr: none
+  int64_t factor_stride = 0;      // from image to image
   Activation activation = Activation::kNone;
   float slope = 0;
-  float out_inv_scale = 1;  // int8 output: q = round(y * out_inv_scale) + out_zero
-  int32_t out_zero = 0;
+  float inv_scale = 1;  // u8: q = round(w * inv_scale) + zero
+  int32_t zero = 0;
+};
+
+constexpr int kMaxStores = 4;
+
+struct Epilogue {
+  const float* scale = nullptr;  // by packed row
+  const float* bias = nullptr;   // by packed row
+  int64_t scale_stride = 0;      // from image to image; 0 where all share them
+  int64_t bias_stride = 0;
+  Activation activation = Activation::kNone;
+  float slope = 0;
+  const Source* residual = nullptr;
+  int residual_upsample = 1;
+  Activation post_activation = Activation::kNone;
+  float post_slope = 0;
+  float* sums = nullptr;  // [tiles][2][rows * block_o] sum and sum of squares of each packed row over the pixels of each tile
+  Store stores[kMaxStores];
+  int store_count = 0;
 };
 
 struct GatherGemm {
-  const PackedWeight* weight = nullptr;
+  const PackedWeight* weight = nullptr;  // pointwise steps: only the rows, in order
   const Plan* plan = nullptr;
-  const uint8_t* in = nullptr;  // lanes of plan->in
-  uint8_t* out = nullptr;       // lanes of *out_layout
-  const LaneLayout* out_layout = nullptr;
+  const uint8_t* in = nullptr;     // lanes of plan->in
+  const Source* source = nullptr;  // pointwise steps read this instead
+  int upsample = 1, shuffle = 1;   // pointwise steps
   Epilogue epilogue;
+  // Images do not share a tile: set where the epilogue differs from image to image.
+  bool per_image = false;
 };
 
 // How a gather-GEMM is cut into tasks; made by Kernels::split.
 struct Split {
-  int64_t vectors = 0;    // vectors of raster pixels, over all images
-  int64_t tiles = 0;      // groups of at most kMaxV vectors
-  int64_t row_group = 0;  // packed rows a task
+  int64_t vectors = 0;          // vectors of raster pixels: of one image when per_image, else of all
+  int64_t tiles_per_image = 0;  // per_image: tiles of one image
+  int64_t tiles = 0;            // groups of at most kMaxV vectors, in all
+  int64_t row_group = 0;        // packed rows a task
   int64_t row_groups = 0;
-  int64_t phase_rows = 0;    // groups of plan->interleave phases
-  int64_t strip = 0;         // tiles that all row groups visit before the next tiles: their input stays in L2
-  bool whole_lanes = false;  // packed rows lie in channel order, so a lane of the output is written whole
+  int64_t phase_rows = 0;             // groups of plan->interleave phases
+  int64_t strip = 0;                  // tiles that all row groups visit before the next tiles: their input stays in L2
+  bool whole_lanes[kMaxStores] = {};  // packed rows lie in channel order, so a lane of the store is written whole
+  int64_t dots = 0;                   // dot products of one vector in all tasks, about: whether threads are worth waking
   int64_t tasks() const { return tiles * row_groups * phase_rows; }
 };
 

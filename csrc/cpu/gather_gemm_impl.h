@@ -27,7 +27,8 @@ struct Int8 {
   static void dot(Acc& acc, const X& x, const S::W8& w) { S::dot8(acc, x, w); }
   static void hide(X& x) { S::hide(x); }
   static Acc start(int32_t v) { return S::set1(v); }
-  static S::I bits(Acc acc) { return S::as_i(S::to_float(acc)); }
+  static S::I bits(Acc acc) { return acc; }
+  static S::F value(S::I bits) { return S::to_float(bits); }
   static constexpr Format kFormat = Format::kInt8;
 };
 
@@ -47,6 +48,7 @@ struct BFloat16 {
   static void hide(X& x) { S::hide(x.lo), S::hide(x.hi); }
   static Acc start(int32_t) { return S::set1(0.0f); }
   static S::I bits(Acc acc) { return S::as_i(acc); }
+  static S::F value(S::I bits) { return S::as_f(bits); }
   static constexpr Format kFormat = Format::kBFloat16;
 };
 
@@ -59,6 +61,7 @@ struct Float32 {
   static void hide(X& x) { S::hide(x); }
   static Acc start(int32_t) { return S::set1(0.0f); }
   static S::I bits(Acc acc) { return S::as_i(acc); }
+  static S::F value(S::I bits) { return S::as_f(bits); }
   static constexpr Format kFormat = Format::kFloat32;
 };
 
@@ -78,9 +81,9 @@ struct TileInput {
 // accumulators would wait for each other. (Without the long registers there is no room, and no such latency either.)
 constexpr int accumulator_sets(int r, int v) { return S::kLanes < 16 || r * v > 8 ? 1 : r * v > 4 ? 2 : 4; }
 
-// acc_out: [R][V][lanes] float32
+// acc_out: [R][V][lanes], bits of T::Acc. Inlined into its callers, GCC 12 spills the accumulators.
 template <class T, int R, int V>
-void compute_tile(const TileInput& in, int32_t* acc_out) {
+[[gnu::noinline]] void compute_tile(const TileInput& in, int32_t* acc_out) {
   constexpr int kSteps = block_planes(T::kFormat);
   constexpr int kRowBytes = kBlockK * element_bytes(T::kFormat);
   constexpr int kSets = accumulator_sets(R, V);
@@ -177,7 +180,73 @@ void compute_pixel(const TileInput& in, int32_t* sums) {
   }
 }
 
-// ---- epilogue: accumulators to words of the output's lanes -------------------------------------------------------------------
+// ---- reading a stored tensor pixel by pixel ----------------------------------------------------------------------------------
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// `count` values of one channel, at every x_step-th pixel of an image row from (y, x) on.
+void load_run(const Source& s, int64_t channel, int64_t n, int64_t y, int64_t x, int64_t x_step, int64_t count, float* to) {
+  const LaneLayout& l = s.layout;
+  const int per_lane = lane_channels(l.format);
+  if (s.one_channel) channel = 0;
+  // a word that starts at the channel's bytes holds them in its low end
+  const uint8_t* const plane = s.data + 4 * (channel / per_lane * l.plane_stride) + 4 / per_lane * (channel % per_lane);
+  auto decode = [&](S::I word) {
+    if (l.format == Format::kInt8)
+      return S::mul(S::to_float(S::add(S::bit_and(word, S::set1(255)), S::set1(-s.zero))), S::set1(s.scale));
+    return S::as_f(l.format == Format::kBFloat16 ? S::shift_left<16>(word) : word);
+  };
+  const bool tensor = s.col_stride != 1;
+  if (!tensor && l.phases_w == 1 && x_step == 1) {
+    const uint8_t* from = plane + 4 * l.at(n, y, x);
+    int64_t j = 0;
+    for (; j + S::kLanes <= count; j += S::kLanes) S::store(to + j, S::as_i(decode(S::load(from + 4 * j))));
+    if (j < count) {
+      // the last word of a slot may be read past its end, that of a tensor has no bytes behind it
+      const S::I words = S::as_i(S::load_partial(reinterpret_cast<const float*>(from + 4 * j), int(count - j)));
+      S::store_partial(to + j, S::as_i(decode(words)), int(count - j));
+    }
+    return;
+  }
+  alignas(64) float word[S::kLanes] = {};
+  for (int64_t j = 0; j < count; j++) {
+    const int64_t column = x + j * x_step;
+    const int64_t lane = tensor ? n * l.image_stride + y * l.row_stride + column * s.col_stride : l.at(n, y, column);
+    std::memcpy(word, plane + 4 * lane, 4);
+    S::store_partial(to + j, S::as_i(decode(S::as_i(S::load_f(word)))), 1);
+  }
+}
+
+constexpr int kRunWords = kMaxV * S::kLanes;  // the longest run of a tile in one output phase
+
+// The same from an image that is read `upsample` times as large in both directions, pixels repeated.
+void load_upsampled(const Source& s, int64_t channel, int64_t n, int64_t y, int64_t x, int64_t x_step, int64_t count,
+                    int upsample, float* to) {
+  if (upsample == 1) return load_run(s, channel, n, y, x, x_step, count, to);
+  y /= upsample;
+  if (x_step == upsample) return load_run(s, channel, n, y, x / upsample, 1, count, to);
+  alignas(64) float small[kRunWords * kMaxInterleave + S::kLanes];
+  const int64_t first = x / upsample, last = (x + (count - 1) * x_step) / upsample;
+  if (last - first < int64_t(sizeof(small) / sizeof(*small)) - S::kLanes) {
+    load_run(s, channel, n, y, first, 1, last - first + 1, small);
+    for (int64_t j = 0; j < count; j++) to[j] = small[(x + j * x_step) / upsample - first];
+  } else {
+    for (int64_t j = 0; j < count; j++) load_run(s, channel, n, y, (x + j * x_step) / upsample, 1, 1, to + j);
+  }
+}
+
+// Pixel shuffle: output channel c at (y, x) is channel (c * r + y mod r) * r + x mod r at (y / r, x / r).
+void load_shuffled(const Source& s, int64_t channel, int64_t n, int64_t y, int64_t x, int64_t count, int r, float* to) {
+  alignas(64) float run[kRunWords + S::kLanes];
+  for (int64_t k = 0; k < r && k < count; k++) {
+    const int64_t same = ceil_div(count - k, r);
+    load_run(s, (channel * r + y % r) * r + (x + k) % r, n, y / r, (x + k) / r, 1, same, run);
+    for (int64_t j = 0; j < same; j++) to[k + j * r] = run[j];
+  }
+}
+
+// ---- epilogue: accumulators to words of the stores' lanes
+// ----------------------------------------------------------------------
 
 template <Activation kActivation>
 S::F activate(S::F y, float slope) {
@@ -186,109 +255,232 @@ S::F activate(S::F y, float slope) {
   if constexpr (kActivation == Activation::kLeakyRelu) return S::select_lt(zero, y, y, S::mul(y, S::set1(slope)));
   if constexpr (kActivation == Activation::kTanh) return simd_tanh(y);
   if constexpr (kActivation == Activation::kSigmoid) return simd_sigmoid(y);
+  if constexpr (kActivation == Activation::kSilu) return simd_silu(y);
+  if constexpr (kActivation == Activation::kGelu) return simd_gelu(y);
   return y;
 }
 
-// Word rows of the result: `dst(i, v)` is where word row i, vector v goes.
-struct WordTarget {
-  int32_t* row[kMaxR];  // nullptr: not wanted (padding rows)
+S::F activate(Activation activation, S::F y, float slope) {
+  switch (activation) {
+    case Activation::kNone:
+      return y;
+    case Activation::kRelu:
+      return activate<Activation::kRelu>(y, slope);
+    case Activation::kLeakyRelu:
+      return activate<Activation::kLeakyRelu>(y, slope);
+    case Activation::kTanh:
+      return activate<Activation::kTanh>(y, slope);
+    case Activation::kSigmoid:
+      return activate<Activation::kSigmoid>(y, slope);
+    case Activation::kSilu:
+      return activate<Activation::kSilu>(y, slope);
+    case Activation::kGelu:
+      return activate<Activation::kGelu>(y, slope);
+  }
+  return y;
+}
+
+// Where the vectors of a tile go in every word row of a store.
+struct WordColumns {
+  bool direct = false;  // straight to the store's lanes, else to a buffer
   int64_t col[kMaxV];   // in words
   int count[kMaxV];     // words of the vector that exist
+};
+
+// Word rows of one store: `put(i, v)` writes word row i, vector v.
+struct WordTarget {
+  int32_t* row[kMaxR];  // nullptr: not wanted (padding rows)
+  const WordColumns* columns;
   void put(int i, int v, S::I words) const {
     if (!row[i]) return;
-    if (count[v] == S::kLanes)
-      S::store(row[i] + col[v], words);
+    if (columns->count[v] == S::kLanes)
+      S::store(row[i] + columns->col[v], words);
     else
-      S::store_partial(row[i] + col[v], words, count[v]);
+      S::store_partial(row[i] + columns->col[v], words, columns->count[v]);
   }
 };
 
-// acc [R][V][lanes] -> word rows: one a packed row (f32, and int8/bf16 that cannot be packed whole), or one a lane plane.
-template <Activation kActivation>
-void finish_rows(const int32_t* acc, int block_o, int vectors, const Epilogue& e, int64_t row, Format out, bool whole_lanes,
-                 const WordTarget& target) {
-  auto value = [&](int r, int v) {
-    const S::F a = S::load_f(reinterpret_cast<const float*>(acc) + (r * vectors + v) * S::kLanes);
-    return activate<kActivation>(S::madd(a, S::set1(e.scale[row + r]), S::set1(e.bias[row + r])), e.slope);
-  };
-  if (out == Format::kInt8) {
-    auto quantized = [&](int r, int v) { return simd_quantize(value(r, v), e.out_inv_scale); };
-    if (whole_lanes) {
-      for (int i = 0; i < block_o / 4; i++) {
-        S::F scale[4], bias[4];
-        for (int j = 0; j < 4; j++) {
-          scale[j] = S::set1(e.scale[row + 4 * i + j]);
-          bias[j] = S::set1(e.bias[row + 4 * i + j]);
-        }
-        for (int v = 0; v < vectors; v++) {
-          S::I q[4];
+// One packed row of a tile at one output phase.
+struct RowTile {
+  const int32_t* acc;       // [block_o][vectors][lanes]
+  int64_t first;            // row * block_o, where arrays by packed row begin
+  int64_t image;            // of the tile, where images do not share one
+  const float* residual;    // [block_o][vectors][lanes], or nullptr
+  const int32_t* real;      // [vectors][lanes] all bits set in lanes that are pixels; only for sums
+  float* sums;              // [block_o], added to
+  float* squares;           // [block_o], added to
+  const bool* whole_lanes;  // [stores]
+  WordTarget* target;       // [stores]
+};
+
+// Four packed rows, the values y[j] of one vector each, to one store.
+[[gnu::always_inline]] inline void store_rows(const Store& s, bool whole_lanes, const RowTile& tile, int i, int v,
+                                              const WordTarget& target, const S::F (&y)[4]) {
+  const int64_t first = tile.first + 4 * i;
+  S::F w[4] = {y[0], y[1], y[2], y[3]};
+  if (s.scale)
+    for (int j = 0; j < 4; j++) w[j] = S::madd(w[j], S::set1(s.scale[first + j]), S::set1(s.bias[first + j]));
+  if (s.activation != Activation::kNone)
+    for (int j = 0; j < 4; j++) w[j] = activate(s.activation, w[j], s.slope);
+  if (s.factor)
+    for (int j = 0; j < 4; j++) w[j] = S::mul(w[j], S::set1(s.factor[tile.image * s.factor_stride + first + j]));
+  switch (s.layout->format) {
+    case Format::kInt8: {
+      S::I q[4];
 #pragma GCC unroll 4
-          for (int j = 0; j < 4; j++) {
-            const float* a = reinterpret_cast<const float*>(acc) + ((4 * i + j) * vectors + v) * S::kLanes;
-            q[j] = simd_quantize(activate<kActivation>(S::madd(S::load_f(a), scale[j], bias[j]), e.slope), e.out_inv_scale);
-          }
-          target.put(i, v, S::pack4(q[0], q[1], q[2], q[3], e.out_zero));
-        }
-      }
-    } else {
-      for (int r = 0; r < block_o; r++)
-        for (int v = 0; v < vectors; v++) {
-          const S::I q = quantized(r, v);
-          target.put(r, v, S::pack4(q, q, q, q, e.out_zero));
-        }
+      for (int j = 0; j < 4; j++) q[j] = simd_quantize(w[j], s.inv_scale);
+      if (whole_lanes)
+        target.put(i, v, S::pack4(q[0], q[1], q[2], q[3], s.zero));
+      else
+        for (int j = 0; j < 4; j++) target.put(4 * i + j, v, S::pack4(q[j], q[j], q[j], q[j], s.zero));
+      break;
     }
-  } else if (out == Format::kBFloat16) {
-    if (whole_lanes) {
-      for (int i = 0; i < block_o / 2; i++)
-        for (int v = 0; v < vectors; v++) target.put(i, v, simd_pack_bf16(value(2 * i, v), value(2 * i + 1, v)));
-    } else {
-      for (int r = 0; r < block_o; r++)
-        for (int v = 0; v < vectors; v++) target.put(r, v, simd_pack_bf16(value(r, v), S::set1(0.0f)));
-    }
-  } else {
-    for (int r = 0; r < block_o; r++)
-      for (int v = 0; v < vectors; v++) target.put(r, v, S::as_i(value(r, v)));
+    case Format::kBFloat16:
+      if (whole_lanes)
+        for (int j = 0; j < 2; j++) target.put(2 * i + j, v, simd_pack_bf16(w[2 * j], w[2 * j + 1]));
+      else
+        for (int j = 0; j < 4; j++) target.put(4 * i + j, v, simd_pack_bf16(w[j], S::set1(0.0f)));
+      break;
+    case Format::kFloat32:
+      for (int j = 0; j < 4; j++) target.put(4 * i + j, v, S::as_i(w[j]));
   }
 }
 
-using FinishRows = void (*)(const int32_t*, int, int, const Epilogue&, int64_t, Format, bool, const WordTarget&);
-constexpr FinishRows kFinishRows[] = {// by Activation
-                                      finish_rows<Activation::kNone>, finish_rows<Activation::kRelu>,
-                                      finish_rows<Activation::kLeakyRelu>, finish_rows<Activation::kTanh>,
-                                      finish_rows<Activation::kSigmoid>};
+template <class T, Activation kActivation>
+void finish_rows(const Epilogue& e, const RowTile& tile, int block_o, int vectors) {
+  const float* scales = e.scale + tile.image * e.scale_stride + tile.first;
+  const float* biases = e.bias + tile.image * e.bias_stride + tile.first;
+  for (int i = 0; i < block_o / 4; i++) {
+    S::F scale[4], bias[4], sum[4], square[4];
+    for (int j = 0; j < 4; j++) {
+      scale[j] = S::set1(scales[4 * i + j]);
+      bias[j] = S::set1(biases[4 * i + j]);
+      sum[j] = square[j] = S::set1(0.0f);
+    }
+    for (int v = 0; v < vectors; v++) {
+      S::F y[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        const int64_t word = ((4 * i + j) * vectors + v) * S::kLanes;
+        y[j] = activate<kActivation>(S::madd(T::value(S::load(tile.acc + word)), scale[j], bias[j]), e.slope);
+        if (tile.residual) {
+          y[j] = S::add(y[j], S::load_f(tile.residual + word));
+          if (e.post_activation != Activation::kNone) y[j] = activate(e.post_activation, y[j], e.post_slope);
+        }
+      }
+      if (tile.sums) {
+        const S::I real = S::load(tile.real + v * S::kLanes);
+        for (int j = 0; j < 4; j++) {
+          const S::F masked = S::as_f(S::bit_and(S::as_i(y[j]), real));
+          sum[j] = S::add(sum[j], masked);
+          square[j] = S::madd(masked, masked, square[j]);
+        }
+      }
+      for (int s = 0; s < e.store_count; s++) store_rows(e.stores[s], tile.whole_lanes[s], tile, i, v, tile.target[s], y);
+    }
+    if (tile.sums)
+      for (int j = 0; j < 4; j++) {
+        tile.sums[4 * i + j] += S::sum(sum[j]);
+        tile.squares[4 * i + j] += S::sum(square[j]);
+      }
+  }
+}
+
+// The most common epilogue: nothing between the activation and one u8 store of whole lanes.
+bool is_plain(const Epilogue& e, const bool* whole_lanes) {
+  const Store& s = e.stores[0];
+  return e.store_count == 1 && s.layout->format == Format::kInt8 && whole_lanes[0] && !s.scale &&
+         s.activation == Activation::kNone && !s.factor && !e.residual && !e.sums;
+}
+
+template <class T, Activation kActivation>
+void finish_plain_rows(const Epilogue& e, const RowTile& tile, int block_o, int vectors) {
+  const float* scales = e.scale + tile.image * e.scale_stride + tile.first;
+  const float* biases = e.bias + tile.image * e.bias_stride + tile.first;
+  const Store& store = e.stores[0];
+  const bool multiply = store.inv_scale != 1.0f;
+  for (int i = 0; i < block_o / 4; i++) {
+    S::F scale[4], bias[4];
+    for (int j = 0; j < 4; j++) {
+      scale[j] = S::set1(scales[4 * i + j]);
+      bias[j] = S::set1(biases[4 * i + j]);
+    }
+    for (int v = 0; v < vectors; v++) {
+      S::I q[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        const int32_t* acc = tile.acc + ((4 * i + j) * vectors + v) * S::kLanes;
+        S::F y = activate<kActivation>(S::madd(T::value(S::load(acc)), scale[j], bias[j]), e.slope);
+        if (multiply) y = S::mul(y, S::set1(store.inv_scale));
+        q[j] = simd_round(y);
+      }
+      tile.target->put(i, v, S::pack4(q[0], q[1], q[2], q[3], store.zero));
+    }
+  }
+}
+
+using FinishRows = void (*)(const Epilogue&, const RowTile&, int, int);
+template <class T>
+constexpr FinishRows kFinishPlainRows[kActivations] = {
+    finish_plain_rows<T, Activation::kNone>,      finish_plain_rows<T, Activation::kRelu>,
+    finish_plain_rows<T, Activation::kLeakyRelu>, finish_plain_rows<T, Activation::kTanh>,
+    finish_plain_rows<T, Activation::kSigmoid>,   finish_plain_rows<T, Activation::kSilu>,
+    finish_plain_rows<T, Activation::kGelu>};
+template <class T>
+constexpr FinishRows kFinishRows[kActivations] = {finish_rows<T, Activation::kNone>,      finish_rows<T, Activation::kRelu>,
+                                                  finish_rows<T, Activation::kLeakyRelu>, finish_rows<T, Activation::kTanh>,
+                                                  finish_rows<T, Activation::kSigmoid>,   finish_rows<T, Activation::kSilu>,
+                                                  finish_rows<T, Activation::kGelu>};
+
+template <class T>
+FinishRows choose_finish(const Epilogue& e, const bool* whole_lanes) {
+  if (!is_plain(e, whole_lanes)) return kFinishRows<T>[int(e.activation)];
+  // saturation to u8 with no zero point is a ReLU already
+  const bool clamps = e.activation == Activation::kRelu && e.stores[0].zero == 0;
+  return kFinishPlainRows<T>[clamps ? 0 : int(e.activation)];
+}
 
 // ---- a task -----------------------------------------------------------------------------------------------------------------
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t vectors_per_image(const Plan& plan) {
   if (plan.flat) return ceil_div((plan.raster_h - 1) * plan.pitch + plan.raster_w, S::kLanes);
   return plan.raster_h * ceil_div(plan.raster_w, S::kLanes);
 }
 
+// Whether packed rows fill the lanes of a store whole, channels in order.
+bool fills_lanes(const PackedWeight& w, const Store& store) {
+  const int per_lane = lane_channels(store.layout->format);
+  if (store.channel % per_lane != 0) return false;
+  bool whole = true;
+  for (int64_t r = 0; !w.in_order && per_lane > 1 && r < w.rows * w.block_o; r += per_lane) {
+    const int32_t first = w.row_channels[r];
+    whole &= first < 0 || first % per_lane == 0;
+    for (int i = 1; i < per_lane; i++) {
+      const int32_t channel = w.row_channels[r + i];
+      whole &= channel < 0 ? first < 0 || first + i >= w.out_channels : first >= 0 && channel == first + i;
+    }
+  }
+  return whole;
+}
+
 Split make_split(const GatherGemm& op, int threads) {
   const PackedWeight& w = *op.weight;
   const Plan& plan = *op.plan;
   Split s;
-  s.vectors = vectors_per_image(plan) * (plan.in.batch_in_cols ? 1 : plan.in.images);
-  s.tiles = ceil_div(s.vectors, w.block_o == 8 ? S::kMaxV8 : S::kMaxV4);
+  const int most = w.block_o == 8 ? S::kMaxV8 : S::kMaxV4;
+  s.vectors = vectors_per_image(plan) * (plan.in.batch_in_cols || op.per_image ? 1 : plan.in.images);
+  s.tiles_per_image = ceil_div(s.vectors, most);
+  s.tiles = s.tiles_per_image * (op.per_image ? plan.in.images : 1);
   s.phase_rows = plan.pixels ? 1 : int64_t(plan.phases.size()) / plan.interleave;
   s.strip = ceil_div(s.tiles, ceil_div(ceil_div(s.tiles, 16), threads) * threads);
   // 128 output channels a task keep the tile's input in L1 while the weights pass; fewer when tasks would not go round.
   s.row_group = kGroupChannels / w.block_o;
   while (s.row_group > 1 && s.tiles * s.phase_rows * ceil_div(w.rows, s.row_group) < 6 * threads) s.row_group /= 2;
   s.row_groups = ceil_div(w.rows, s.row_group);
-  s.whole_lanes = true;
-  const int per_lane = lane_channels(op.out_layout->format);
-  for (int64_t r = 0; !w.in_order && per_lane > 1 && r < w.rows * w.block_o; r += per_lane) {
-    const int32_t first = w.row_channels[r];
-    bool whole = first < 0 || first % per_lane == 0;
-    for (int i = 1; i < per_lane; i++) {
-      const int32_t channel = w.row_channels[r + i];
-      whole &= channel < 0 ? first < 0 || first + i >= w.out_channels : first >= 0 && channel == first + i;
-    }
-    s.whole_lanes &= whole;
-  }
+  for (int i = 0; i < op.epilogue.store_count; i++) s.whole_lanes[i] = fills_lanes(w, op.epilogue.stores[i]);
+  const int64_t all_vectors = s.vectors * (op.per_image ? plan.in.images : 1);
+  // without weights about ten instructions a vector of one channel
+  s.dots = all_vectors * (op.source ? w.rows * w.block_o * 10 : w.blocks * w.block_o * block_planes(w.format));
   return s;
 }
 
@@ -297,7 +489,6 @@ struct Segment {
   int64_t tile_word;  // first word in a word row of the tile (interleaved)
   int64_t count;      // words
   int64_t n, y, x;    // output pixel of the first word
-  int64_t lane;       // where that is in a plane of the output
 };
 
 // Output pixels from one word of a segment to the next: 1 where all phases of an output row are interleaved.
@@ -305,21 +496,26 @@ int64_t pixel_step(const Plan& plan) { return plan.step_w / plan.interleave; }
 
 constexpr int kMaxSegments = kMaxV * S::kLanes;
 
-// The raster pixels of vectors [first, first + vectors) as segments of the output, and where their inputs start.
+// The raster pixels of some vectors as segments of the output, and where their inputs start.
 struct TilePixels {
+  int64_t index = 0;  // of the tile, phase rows counted too, in its image
+  int64_t image = 0;  // where images do not share a tile
   const uint8_t* x[kMaxV];
   int64_t first_pixel[kMaxV];  // of its image, in the raster
   Segment segments[kMaxSegments];
   int count = 0;
+  WordColumns columns[kMaxStores];
 };
 
-void find_pixels(const GatherGemm& op, int64_t first, int vectors, const OutputPhase& phase, TilePixels* tile) {
+// Vectors [first, first + vectors) of all images, or of image `image` where they are counted by image.
+void find_pixels(const GatherGemm& op, int64_t image, int64_t first, int vectors, const OutputPhase& phase, TilePixels* tile) {
   const Plan& plan = *op.plan;
   const LaneLayout& in = plan.in;
   const int64_t per_image = vectors_per_image(plan), per_row = ceil_div(plan.raster_w, S::kLanes);
+  tile->image = image;
   tile->count = 0;
   for (int v = 0; v < vectors; v++) {
-    const int64_t n = (first + v) / per_image, index = (first + v) % per_image;
+    const int64_t n = image + (first + v) / per_image, index = (first + v) % per_image;
     int64_t p, q, lanes;  // of the vector's first lane
     if (plan.flat) {
       p = index * S::kLanes / plan.pitch, q = index * S::kLanes % plan.pitch, lanes = S::kLanes;
@@ -336,15 +532,29 @@ void find_pixels(const GatherGemm& op, int64_t first, int vectors, const OutputP
       if (pitch > lanes - lane) pitch = lanes - lane;
       if (run > pitch) run = pitch;
       const int64_t y = phase.y0 + p * plan.step_h, x = phase.x0 + q * plan.step_w;
-      const int64_t width = in.batch_in_cols ? plan.raster_w : plan.out_w;
       int64_t words = run * plan.interleave;
-      if (!in.batch_in_cols && words > ceil_div(width - x, pixel_step(plan))) words = ceil_div(width - x, pixel_step(plan));
-      if (run > 0 && words > 0 && y < plan.out_h) {
-        const int64_t image = in.batch_in_cols ? q : n, out_x = in.batch_in_cols ? phase.x0 : x;
-        tile->segments[tile->count++] = {(v * S::kLanes + lane) * plan.interleave, words, image, y, out_x,
-                                         op.out_layout->at(image, y, out_x)};
-      }
+      if (!in.batch_in_cols && words > ceil_div(plan.out_w - x, pixel_step(plan)))
+        words = ceil_div(plan.out_w - x, pixel_step(plan));
+      if (run > 0 && words > 0 && y < plan.out_h)
+        tile->segments[tile->count++] = {(v * S::kLanes + lane) * plan.interleave, words, in.batch_in_cols ? q : n, y,
+                                         in.batch_in_cols ? phase.x0 : x};
       lane += pitch;
+    }
+  }
+}
+
+// Full vectors of one image row go straight to their plane, everything else by way of a buffer in L1.
+void find_columns(const GatherGemm& op, const Split& split, int vectors, TilePixels* tile) {
+  const Plan& plan = *op.plan;
+  for (int s = 0; s < op.epilogue.store_count; s++) {
+    const LaneLayout& out = *op.epilogue.stores[s].layout;
+    WordColumns& columns = tile->columns[s];
+    columns.direct = plan.step_w == 1 && !plan.flat && !plan.in.batch_in_cols && out.phases_w == 1 && tile->count == vectors &&
+                     (split.whole_lanes[s] || out.format == Format::kFloat32);
+    for (int v = 0; v < vectors; v++) {
+      const Segment& segment = tile->segments[v];
+      columns.col[v] = columns.direct ? out.at(segment.n, segment.y, segment.x) : v * S::kLanes;
+      columns.count[v] = columns.direct ? int(segment.count) : S::kLanes;
     }
   }
 }
@@ -358,14 +568,15 @@ void scatter(const int32_t* words, const TilePixels& tile, const Plan& plan, con
   for (int i = 0; i < tile.count; i++) {
     const Segment& s = tile.segments[i];
     const int32_t* from = words + s.tile_word;
+    const int64_t first = out.at(s.n, s.y, s.x);
     if (sizeof(Word) == 4 && step == 1 && !split_phases) {
-      int32_t* to = reinterpret_cast<int32_t*>(plane) + s.lane;
+      int32_t* to = reinterpret_cast<int32_t*>(plane) + first;
       int64_t j = 0;
       for (; j + S::kLanes <= s.count; j += S::kLanes) S::store(to + j, S::load(from + j));
       if (j < s.count) S::store_partial(to + j, S::load(from + j), int(s.count - j));
     } else {
       for (int64_t j = 0; j < s.count; j++) {
-        const int64_t lane = split_phases ? out.at(s.n, s.y, s.x + j * step) : s.lane + j * step;
+        const int64_t lane = split_phases ? out.at(s.n, s.y, s.x + j * step) : first + j * step;
         const Word word = Word(from[j]);
         std::memcpy(plane + 4 * lane, &word, sizeof(Word));
       }
@@ -385,70 +596,89 @@ void select_phase(const GatherGemm& op, int64_t row, int64_t index, TileInput* i
   in->start = op.plan->init.empty() ? nullptr : op.plan->init.data() + (index * w.rows + row) * w.block_o;
 }
 
-template <class T>
-void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t row, int64_t phase_row) {
-  const Plan& plan = *op.plan;
-  const PackedWeight& w = *op.weight;
-  const LaneLayout& out = *op.out_layout;
-  const int block_o = int(w.block_o), per_lane = lane_channels(out.format);
-  const int interleave = int(plan.interleave);
-  const int word_rows = split.whole_lanes ? block_o / per_lane : block_o;
-  const int64_t words = int64_t(vectors) * S::kLanes;
-  const int32_t* channels = w.row_channels + row * block_o;
-
-  TileInput in;
-  for (int v = 0; v < vectors; v++) in.x[v] = tile.x[v];
-  in.offsets = plan.offsets.data();
-  in.plane_bytes = 4 * plan.in.plane_stride;
-
-  // Full vectors of one image row go straight to their plane, everything else by way of a buffer in L1.
-  const bool direct = plan.step_w == 1 && !plan.flat && !plan.in.batch_in_cols && out.phases_w == 1 && tile.count == vectors &&
-                      (split.whole_lanes || out.format == Format::kFloat32);
+// What a tile needs besides its accumulators, the same for all its packed rows.
+struct TileMemory {
   alignas(64) int32_t acc[kTileWords];
-  alignas(64) int32_t buffer[kMaxInterleave][kTileWords + S::kLanes];  // the last vector of a row may be read past its end
-  WordTarget target;
-  for (int i = 0; i < word_rows; i++) {
-    const int32_t channel = channels[split.whole_lanes ? i * per_lane : i];
-    target.row[i] = channel < 0 ? nullptr : buffer[0] + i * words;
-    if (direct && channel >= 0) target.row[i] = reinterpret_cast<int32_t*>(op.out) + channel / per_lane * out.plane_stride;
+  alignas(64) float residual[kTileWords];
+  alignas(64) int32_t real[kMaxInterleave][kMaxV * S::kLanes];
+  // [store][phase]: the last vector of a row may be read past its end
+  alignas(64) int32_t words[kMaxStores][kMaxInterleave][kTileWords + S::kLanes];
+};
+
+void mark_real(const TilePixels& tile, const Plan& plan, TileMemory* memory) {
+  const int interleave = int(plan.interleave);
+  std::memset(memory->real, 0, sizeof(memory->real));
+  for (int i = 0; i < tile.count; i++)
+    for (int64_t w = tile.segments[i].tile_word; w < tile.segments[i].tile_word + tile.segments[i].count; w++)
+      memory->real[w % interleave][w / interleave] = -1;
+}
+
+// The residual of one channel at output phase b.
+void load_residual(const GatherGemm& op, const TilePixels& tile, int64_t channel, int b, float* to) {
+  const Plan& plan = *op.plan;
+  const Source& source = *op.epilogue.residual;
+  const int upsample = op.epilogue.residual_upsample;
+  for (int i = 0; i < tile.count; i++) {
+    const Segment& s = tile.segments[i];
+    const int64_t count = ceil_div(s.count - b, plan.interleave);
+    float* const run = to + s.tile_word / plan.interleave;
+    if (plan.in.batch_in_cols)
+      for (int64_t j = 0; j < count; j++) load_upsampled(source, channel, s.n + j, s.y, s.x, 1, 1, upsample, run + j);
+    else if (count > 0)
+      load_upsampled(source, channel, s.n, s.y, s.x + b, plan.step_w, count, upsample, run);
+  }
+}
+
+// Fills acc with the source of a pointwise step.
+void load_rows(const GatherGemm& op, const TilePixels& tile, int vectors, int64_t first, int block_o, int32_t* acc) {
+  for (int r = 0; r < block_o; r++) {
+    if (first + r >= op.weight->out_channels) {  // zeros, since a NaN would stay one in the padding channels of a lane
+      std::memset(acc + r * vectors * S::kLanes, 0, vectors * S::kLanes * 4);
+      continue;
+    }
+    for (int i = 0; i < tile.count; i++) {
+      const Segment& s = tile.segments[i];
+      float* const to = reinterpret_cast<float*>(acc) + r * vectors * S::kLanes + s.tile_word;
+      if (op.shuffle > 1)
+        load_shuffled(*op.source, first + r, s.n, s.y, s.x, s.count, op.shuffle, to);
+      else
+        load_upsampled(*op.source, first + r, s.n, s.y, s.x, 1, s.count, op.upsample, to);
+    }
+  }
+}
+
+template <class T>
+void compute_rows(const GatherGemm& op, const TilePixels& tile, int vectors, int64_t row, int64_t phase, TileInput* in,
+                  int32_t* acc) {
+  const int block_o = int(op.weight->block_o);
+  if (!op.plan->pixels) {
+    select_phase<T>(op, row, phase, in);
+    return compute_tile<T>(block_o, vectors, *in, acc);
   }
   for (int v = 0; v < vectors; v++) {
-    target.col[v] = direct ? tile.segments[v].lane : v * S::kLanes;
-    target.count[v] = direct ? int(tile.segments[v].count) : S::kLanes;
-  }
-
-  // Saturation to u8 with no zero point is a ReLU already.
-  const bool clamps = op.epilogue.activation == Activation::kRelu && out.format == Format::kInt8 && op.epilogue.out_zero == 0;
-  const FinishRows finish = kFinishRows[int(clamps ? Activation::kNone : op.epilogue.activation)];
-
-  for (int b = 0; b < interleave; b++) {
-    if (plan.pixels) {
-      for (int v = 0; v < vectors; v++) {
-        in.x[0] = tile.x[v];
-        for (int lane = 0; lane < S::kLanes && tile.first_pixel[v] + lane < int64_t(plan.phases.size()); lane++) {
-          select_phase<T>(op, row, tile.first_pixel[v] + lane, &in);
-          int32_t sums[kMaxR];
-          block_o == 8 ? compute_pixel<8>(in, sums) : compute_pixel<4>(in, sums);
-          for (int r = 0; r < block_o; r++) {
-            const float sum = float(sums[r]);
-            std::memcpy(acc + (r * vectors + v) * S::kLanes + lane, &sum, 4);
-          }
-        }
-      }
-    } else {
-      select_phase<T>(op, row, phase_row * interleave + b, &in);
-      compute_tile<T>(block_o, vectors, in, acc);
+    in->x[0] = tile.x[v];
+    for (int lane = 0; lane < S::kLanes && tile.first_pixel[v] + lane < int64_t(op.plan->phases.size()); lane++) {
+      select_phase<T>(op, row, tile.first_pixel[v] + lane, in);
+      int32_t sums[kMaxR];
+      block_o == 8 ? compute_pixel<8>(*in, sums) : compute_pixel<4>(*in, sums);
+      for (int r = 0; r < block_o; r++) acc[(r * vectors + v) * S::kLanes + lane] = sums[r];
     }
-    if (b > 0)
-      for (int i = 0; i < word_rows; i++)
-        if (target.row[i]) target.row[i] = buffer[b] + i * words;
-    finish(acc, block_o, vectors, op.epilogue, row * block_o, out.format, split.whole_lanes, target);
   }
-  if (direct) return;
+}
 
+// The words of one store from its buffers, phases side by side, to its lanes.
+void write_store(const GatherGemm& op, const TilePixels& tile, int vectors, int64_t row, const Store& store, bool whole_lanes,
+                 const int32_t (&buffer)[kMaxInterleave][kTileWords + S::kLanes]) {
+  const Plan& plan = *op.plan;
+  const PackedWeight& w = *op.weight;
+  const LaneLayout& out = *store.layout;
+  const int block_o = int(w.block_o), per_lane = lane_channels(out.format), interleave = int(plan.interleave);
+  const int word_rows = whole_lanes ? block_o / per_lane : block_o;
+  const int64_t words = int64_t(vectors) * S::kLanes;
   for (int i = 0; i < word_rows; i++) {
-    const int32_t channel = channels[split.whole_lanes ? i * per_lane : i];
-    if (channel < 0) continue;
+    const int32_t row_channel = w.row_channels[row * block_o + (whole_lanes ? i * per_lane : i)];
+    if (row_channel < 0) continue;
+    const int64_t channel = store.channel + row_channel;
     alignas(64) int32_t line[(kMaxInterleave * kMaxV + 1) * S::kLanes];
     const int32_t* from = buffer[0] + i * words;
     if (interleave == 2) {
@@ -464,10 +694,10 @@ void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, i
         for (int64_t j = 0; j < words; j++) line[j * interleave + b] = buffer[b][i * words + j];
       from = line;
     }
-    uint8_t* plane = op.out + 4 * (channel / per_lane) * out.plane_stride;
+    uint8_t* plane = store.data + 4 * (channel / per_lane) * out.plane_stride;
     // the last bf16 channel writes its padding neighbour too, which must not stay a NaN
-    const bool alone = per_lane == 2 && channel % 2 == 0 && channel + 1 == w.out_channels;
-    if (split.whole_lanes || out.format == Format::kFloat32 || alone)
+    const bool alone = per_lane == 2 && channel % 2 == 0 && channel + 1 == out.channels;
+    if (whole_lanes || out.format == Format::kFloat32 || alone)
       scatter<int32_t>(from, tile, plan, out, plane);
     else if (out.format == Format::kInt8)
       scatter<uint8_t>(from, tile, plan, out, plane + channel % per_lane);
@@ -476,11 +706,91 @@ void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, i
   }
 }
 
+// What follows once the accumulators of a packed row are known: `compute(phase, acc)` fills them.
+template <class T, class Compute>
+void finish_tile(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t row, int64_t phase_row,
+                 TileMemory* memory, const Compute& compute) {
+  const Plan& plan = *op.plan;
+  const PackedWeight& w = *op.weight;
+  const Epilogue& e = op.epilogue;
+  const int block_o = int(w.block_o), interleave = int(plan.interleave);
+  const int64_t words = int64_t(vectors) * S::kLanes;
+  const int32_t* channels = w.row_channels + row * block_o;
+
+  WordTarget targets[kMaxStores];
+  for (int s = 0; s < e.store_count; s++) {
+    const Store& store = e.stores[s];
+    const LaneLayout& out = *store.layout;
+    const int per_lane = lane_channels(out.format);
+    const bool whole = split.whole_lanes[s];
+    targets[s].columns = &tile.columns[s];
+    for (int i = 0; i < (whole ? block_o / per_lane : block_o); i++) {
+      const int32_t channel = channels[whole ? i * per_lane : i];
+      targets[s].row[i] = channel < 0 ? nullptr
+                          : tile.columns[s].direct
+                              ? reinterpret_cast<int32_t*>(store.data) + (store.channel + channel) / per_lane * out.plane_stride
+                              : memory->words[s][0] + i * words;
+    }
+  }
+
+  RowTile rows;
+  rows.first = row * block_o;
+  rows.image = tile.image;
+  rows.whole_lanes = split.whole_lanes;
+  rows.target = targets;
+  rows.sums = rows.squares = nullptr;
+  if (e.sums) {
+    rows.sums = e.sums + (tile.image * split.tiles_per_image * split.phase_rows + tile.index) * 2 * w.rows * block_o + rows.first;
+    rows.squares = rows.sums + w.rows * block_o;
+    for (int r = 0; r < block_o; r++) rows.sums[r] = rows.squares[r] = 0;
+  }
+  const FinishRows finish = choose_finish<T>(e, split.whole_lanes);
+
+  for (int b = 0; b < interleave; b++) {
+    rows.acc = compute(phase_row * interleave + b);
+    rows.residual = nullptr;
+    if (e.residual) {
+      for (int r = 0; r < block_o; r++)
+        if (channels[r] >= 0) load_residual(op, tile, channels[r], b, memory->residual + r * words);
+      rows.residual = memory->residual;
+    }
+    rows.real = memory->real[b];
+    if (b > 0)
+      for (int s = 0; s < e.store_count; s++)
+        for (int i = 0; i < kMaxR; i++)
+          if (i < block_o && targets[s].row[i]) targets[s].row[i] = memory->words[s][b] + i * words;
+    finish(e, rows, block_o, vectors);
+  }
+  for (int s = 0; s < e.store_count; s++)
+    if (!tile.columns[s].direct) write_store(op, tile, vectors, row, e.stores[s], split.whole_lanes[s], memory->words[s]);
+}
+
+template <class T>
+void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t row, int64_t phase_row,
+             TileMemory* memory) {
+  TileInput in;
+  for (int v = 0; v < vectors; v++) in.x[v] = tile.x[v];
+  in.offsets = op.plan->offsets.data();
+  in.plane_bytes = 4 * op.plan->in.plane_stride;
+  finish_tile<T>(op, split, tile, vectors, row, phase_row, memory, [&](int64_t phase) {
+    compute_rows<T>(op, tile, vectors, row, phase, &in, memory->acc);
+    return memory->acc;
+  });
+}
+
 // One pixel in, one out, such as a linear layer at a small batch: the channels lie side by side, so they are the lanes.
-template <Activation kActivation>
+bool is_single_pixel(const GatherGemm& op) {
+  const Epilogue& e = op.epilogue;
+  const Store& s = e.stores[0];
+  return op.plan->pixels && op.plan->phases.size() == 1 && e.store_count == 1 && s.layout->plane_stride == 1 &&
+         s.layout->format != Format::kBFloat16 && s.channel == 0 && !s.scale && s.activation == Activation::kNone && !s.factor &&
+         !e.residual && !e.sums && e.scale_stride == 0;
+}
+
 void run_single_pixel(const GatherGemm& op, const TilePixels& tile, int vectors, int64_t first_row, int64_t last_row) {
   const PackedWeight& w = *op.weight;
   const Epilogue& e = op.epilogue;
+  const Store& store = e.stores[0];
   const int64_t first = first_row * w.block_o, count = (last_row - first_row) * w.block_o;
   alignas(64) int32_t sums[kGroupChannels];
   TileInput in;
@@ -492,15 +802,17 @@ void run_single_pixel(const GatherGemm& op, const TilePixels& tile, int vectors,
       int32_t* to = sums + (row - first_row) * w.block_o;
       w.block_o == 8 ? compute_pixel<8>(in, to) : compute_pixel<4>(in, to);
     }
-    uint8_t* const pixel = op.out + 4 * tile.segments[v].lane;
+    const Segment& segment = tile.segments[v];
+    uint8_t* const pixel = store.data + 4 * store.layout->at(segment.n, segment.y, segment.x);
     for (int64_t c = 0; c < count; c += S::kLanes) {
       const int lanes = count - c < S::kLanes ? int(count - c) : S::kLanes;
-      S::I words = S::as_i(activate<kActivation>(
-          S::madd(S::to_float(S::load(sums + c)), S::load_f(e.scale + first + c), S::load_f(e.bias + first + c)), e.slope));
-      const bool quantize = op.out_layout->format == Format::kInt8;
+      const S::F sum = S::to_float(S::load(sums + c));
+      S::I words =
+          S::as_i(activate(e.activation, S::madd(sum, S::load_f(e.scale + first + c), S::load_f(e.bias + first + c)), e.slope));
+      const bool quantize = store.layout->format == Format::kInt8;
       if (quantize) {
-        const S::I q = simd_quantize(S::as_f(words), e.out_inv_scale);
-        words = S::pack4(q, q, q, q, e.out_zero);
+        const S::I q = simd_quantize(S::as_f(words), store.inv_scale);
+        words = S::pack4(q, q, q, q, store.zero);
       } else if (w.in_order && first + c + lanes <= w.out_channels) {
         S::store_partial(pixel + 4 * (first + c), words, lanes);
         continue;
@@ -514,11 +826,6 @@ void run_single_pixel(const GatherGemm& op, const TilePixels& tile, int vectors,
     }
   }
 }
-using RunSinglePixel = void (*)(const GatherGemm&, const TilePixels&, int, int64_t, int64_t);
-constexpr RunSinglePixel kRunSinglePixel[] = {// by Activation
-                                              run_single_pixel<Activation::kNone>, run_single_pixel<Activation::kRelu>,
-                                              run_single_pixel<Activation::kLeakyRelu>, run_single_pixel<Activation::kTanh>,
-                                              run_single_pixel<Activation::kSigmoid>};
 
 void run_task(const GatherGemm& op, const Split& split, int64_t task) {
   // strips of tiles; in a strip every (phase row, row group), then its tiles
@@ -530,24 +837,37 @@ void run_task(const GatherGemm& op, const Split& split, int64_t task) {
   const int64_t t = first_tile + in_strip % width, group = in_strip / width % split.row_groups;
   const int64_t phase_row = in_strip / width / split.row_groups;
 
-  const int64_t first = t * split.vectors / split.tiles, last = (t + 1) * split.vectors / split.tiles;
+  const int64_t image = t / split.tiles_per_image, in_image = t % split.tiles_per_image;
+  const int64_t first = in_image * split.vectors / split.tiles_per_image;
+  const int64_t last = (in_image + 1) * split.vectors / split.tiles_per_image;
   const int vectors = int(last - first);
   TilePixels tile;
-  find_pixels(op, first, vectors, op.plan->phases[phase_row * op.plan->interleave], &tile);
-  const int64_t row_end = (group + 1) * split.row_group < op.weight->rows ? (group + 1) * split.row_group : op.weight->rows;
-  if (op.plan->pixels && op.plan->phases.size() == 1 && op.out_layout->plane_stride == 1 &&
-      op.out_layout->format != Format::kBFloat16)
-    return kRunSinglePixel[int(op.epilogue.activation)](op, tile, vectors, group * split.row_group, row_end);
-  for (int64_t row = group * split.row_group; row < row_end; row++) {
+  find_pixels(op, image, first, vectors, op.plan->phases[phase_row * op.plan->interleave], &tile);
+  tile.index = phase_row * split.tiles_per_image + in_image;
+  const int64_t first_row = group * split.row_group;
+  const int64_t last_row = first_row + split.row_group < op.weight->rows ? first_row + split.row_group : op.weight->rows;
+  if (!op.source && is_single_pixel(op)) return run_single_pixel(op, tile, vectors, first_row, last_row);
+
+  find_columns(op, split, vectors, &tile);
+  TileMemory memory;
+  if (op.epilogue.sums) mark_real(tile, *op.plan, &memory);
+  for (int64_t row = first_row; row < last_row; row++) {
+    if (op.source) {
+      finish_tile<Float32>(op, split, tile, vectors, row, phase_row, &memory, [&](int64_t) {
+        load_rows(op, tile, vectors, row * op.weight->block_o, int(op.weight->block_o), memory.acc);
+        return memory.acc;
+      });
+      continue;
+    }
     switch (op.weight->format) {
       case Format::kInt8:
-        run_row<Int8>(op, split, tile, vectors, row, phase_row);
+        run_row<Int8>(op, split, tile, vectors, row, phase_row, &memory);
         break;
       case Format::kBFloat16:
-        run_row<BFloat16>(op, split, tile, vectors, row, phase_row);
+        run_row<BFloat16>(op, split, tile, vectors, row, phase_row, &memory);
         break;
       case Format::kFloat32:
-        run_row<Float32>(op, split, tile, vectors, row, phase_row);
+        run_row<Float32>(op, split, tile, vectors, row, phase_row, &memory);
         break;
     }
   }

@@ -13,85 +13,6 @@
 #include "isa.h"
 
 namespace sparsegan {
-namespace {
-
-// Lane buffers of one call, kept for the next: fresh pages from the system would cost more than the kernel.
-class Workspace {
- public:
-  uint8_t* get(size_t bytes) {
-    if (bytes > size_) {
-      buffer_.reset();
-      buffer_.reset(static_cast<uint8_t*>(std::aligned_alloc(kAlign, (bytes + kAlign - 1) / kAlign * kAlign)));
-      size_ = buffer_ ? bytes : 0;
-      STD_TORCH_CHECK(buffer_, "out of memory: ", bytes, " bytes for packed activations; use a smaller batch or image");
-    }
-    return buffer_.get();
-  }
-
- private:
-  static constexpr size_t kAlign = 64;
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<uint8_t, Free> buffer_;
-  size_t size_ = 0;
-};
-thread_local Workspace workspace;
-
-// Vector loads may read past the last lane of a buffer, never past this.
-constexpr int64_t kSlackBytes = 128;
-// Dot products of one vector below which waking other threads costs more than it saves (about 5 us of work).
-constexpr int64_t kSerialWork = 30000;
-
-constexpr int64_t kMaxThreads = 64;  // shares live on the stack; layers of generators do not feed more
-constexpr int64_t kLinesPerTask = 4;
-int64_t pack_tasks(const LaneLayout& layout) { return (pack_lines(layout) + kLinesPerTask - 1) / kLinesPerTask; }
-
-// Every worker starts on its own share of the tasks, which are neighbours, so that it mostly reads what it wrote in the layer
-// before. Then it helps with the other shares: tasks differ in their kept blocks, and cores in what else runs on them.
-template <class F>
-void for_each_task(int64_t tasks, bool serial, const F& run) {
-  const int64_t threads = serial ? 1 : std::min<int64_t>({torch::stable::get_num_threads(), tasks, kMaxThreads});
-  if (threads <= 1) {
-    for (int64_t i = 0; i < tasks; i++) run(i);
-    return;
-  }
-  struct alignas(64) Share {
-    std::atomic<int64_t> next;
-    int64_t end;
-  } shares[kMaxThreads];
-  for (int64_t s = 0; s < threads; s++) {
-    shares[s].next = s * tasks / threads;
-    shares[s].end = (s + 1) * tasks / threads;
-  }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; worker++)
-      for (int64_t s = 0; s < threads; s++) {
-        Share& share = shares[(worker + s) % threads];
-        for (int64_t i = share.next++; i < share.end; i = share.next++) run(i);
-      }
-  });
-}
-
-Epilogue make_epilogue(const Layer& layer, std::vector<float>* rows) {
-  const PackedWeight& w = layer.weight;
-  const int64_t count = w.rows * w.block_o;
-  rows->assign(2 * count + Epilogue::kPadding, 0.0f);
-  for (int64_t r = 0; r < count; r++) {
-    const int32_t channel = w.row_channels[r];
-    if (channel < 0) continue;
-    (*rows)[r] = w.scale[channel];
-    (*rows)[count + r] = w.bias[channel];
-  }
-  Epilogue e;
-  e.scale = rows->data();
-  e.bias = rows->data() + count;
-  e.activation = layer.activation;
-  e.slope = layer.slope;
-  return e;
-}
-
-}  // namespace
 
 void set_window(Layer* layer, const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                 const std::vector<int64_t>& padding, const std::vector<int64_t>& output_padding,
@@ -109,11 +30,11 @@ void set_window(Layer* layer, const std::vector<int64_t>& kernel_size, const std
   layer->dilation_h = dilation[0], layer->dilation_w = dilation[1];
 }
 
-void set_quantization(Layer* layer, double x_scale, int64_t x_zero, const char* op) {
+void set_quantization(LayerCall* call, double x_scale, int64_t x_zero, const char* op) {
   STD_TORCH_CHECK(x_scale > 0 && std::isfinite(float(1.0 / x_scale)), op, ": x_scale is ", x_scale, ", wanted a positive number");
   STD_TORCH_CHECK(x_zero >= 0 && x_zero <= 255, op, ": x_zero is ", x_zero, ", wanted 0 to 255");
-  layer->inv_x_scale = float(1.0 / x_scale);
-  layer->x_zero = int32_t(x_zero);
+  call->x_scale = x_scale;
+  call->layer.x_zero = int32_t(x_zero);
 }
 
 Activation read_activation(const std::string& name, const char* op) {
@@ -122,7 +43,9 @@ Activation read_activation(const std::string& name, const char* op) {
   if (name == "leaky_relu") return Activation::kLeakyRelu;
   if (name == "tanh") return Activation::kTanh;
   if (name == "sigmoid") return Activation::kSigmoid;
-  STD_TORCH_CHECK(false, op, ": activation is '", name, "', wanted none, relu, leaky_relu, tanh or sigmoid");
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGelu;
+  STD_TORCH_CHECK(false, op, ": activation is '", name, "', wanted none, relu, leaky_relu, tanh, sigmoid, silu or gelu");
 }
 
 PackedWeight read_weight(const std::vector<Tensor>& weight, int64_t taps, int64_t in_channels, const char* op) {
@@ -194,70 +117,68 @@ PackedWeight read_weight(const std::vector<Tensor>& weight, int64_t taps, int64_
   return w;
 }
 
-Tensor run_layers(const Tensor& x, bool x_is_rows, const std::vector<Layer>& layers, const char* op) {
+Parallel torch_parallel() {
+  Parallel parallel;
+  parallel.threads = int(torch::stable::get_num_threads());
+  parallel.run = [](int64_t workers, const std::function<void(int64_t)>& body) {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) body(i);
+    });
+  };
+  return parallel;
+}
+
+InputTensor input_tensor(const Tensor& x) {
+  InputTensor input;
+  input.data = static_cast<const float*>(x.const_data_ptr());
+  input.n = x.size(0), input.c = x.size(1), input.stride_n = x.stride(0), input.stride_c = x.stride(1);
+  if (x.dim() == 4) input.h = x.size(2), input.w = x.size(3), input.stride_h = x.stride(2), input.stride_w = x.stride(3);
+  return input;
+}
+
+Tensor run_layers(const Tensor& x, bool x_is_rows, const std::vector<LayerCall>& calls, const char* op) {
   check_dtype(x, ScalarType::Float, op, "x");
   check_dim(x, x_is_rows ? 2 : 4, op, "x");
-  const Kernels* kernels = current_kernels();
-  const int64_t n = x.size(0);
-  int64_t c = x.size(1), h = x_is_rows ? 1 : x.size(2), w = x_is_rows ? 1 : x.size(3);
-
-  std::vector<Plan> plans;
-  plans.reserve(layers.size());
-  size_t bytes[2] = {0, 0};  // layers read the two buffers by turns, so that both stay in the cache
-  for (const Layer& layer : layers) {
-    try {
-      plans.push_back(make_plan(layer, n, c, h, w, kernels->vector_lanes));
-    } catch (const std::invalid_argument& e) {
-      STD_TORCH_CHECK(false, op, ": ", e.what());
-    } catch (const std::bad_alloc&) {
-      STD_TORCH_CHECK(false, op, ": out of memory while planning an image of ", c, "x", h, "x", w);
-    }
-    const Plan& plan = plans.back();
-    size_t& size = bytes[(plans.size() - 1) % 2];
-    size = std::max(size, size_t(4 * plan.in.lanes() + kSlackBytes + 63) / 64 * 64);
-    c = layer.weight.out_channels, h = plan.out_h, w = plan.out_w;
+  ProgramSpec spec;
+  spec.inputs = spec.outputs = 1;
+  StepSpec import;
+  import.pointwise = true;
+  import.x = ~0;
+  spec.steps.push_back(import);
+  int64_t channels = x.size(1);
+  for (const LayerCall& call : calls) {
+    SlotSpec slot;
+    slot.channels = channels, slot.format = call.layer.weight.format;
+    slot.scale = call.x_scale, slot.zero = call.layer.x_zero;
+    StoreSpec store;
+    store.slot = int64_t(spec.slots.size());
+    spec.slots.push_back(slot);
+    spec.steps.back().stores.push_back(store);
+    StepSpec step;
+    step.x = store.slot;
+    step.layer = call.layer;
+    step.activation = call.activation, step.slope = call.slope;
+    spec.steps.push_back(step);
+    channels = call.layer.weight.out_channels;
   }
-  Tensor y = x_is_rows ? torch::stable::new_empty(x, {n, c}) : torch::stable::new_empty(x, {n, c, h, w});
-  if (n == 0) return y;
-  uint8_t* const memory = workspace.get(bytes[0] + bytes[1]);
-  uint8_t* const buffers[2] = {memory, memory + bytes[0]};
-
-  auto pack = [&](size_t i, const SourceTensor& src, int64_t task) {
-    const int64_t end = std::min(pack_lines(plans[i].in), (task + 1) * kLinesPerTask);
-    for (int64_t line = task * kLinesPerTask; line < end; line++)
-      kernels->pack_line(plans[i].in, src, layers[i].inv_x_scale, layers[i].x_zero, buffers[i % 2], line);
-  };
-  const SourceTensor src{static_cast<const float*>(x.const_data_ptr()), x.stride(0), x.stride(1), x_is_rows ? 0 : x.stride(2),
-                         x_is_rows ? 0 : x.stride(3)};
-  for_each_task(pack_tasks(plans[0].in), x.numel() < 4096, [&](int64_t task) { pack(0, src, task); });
-
-  const LaneLayout y_layout = nchw_layout(n, c, h, w);
-  std::vector<float> epilogue_rows;
-  for (size_t i = 0; i < layers.size(); i++) {
-    const bool last = i + 1 == layers.size();
-    GatherGemm gemm;
-    gemm.weight = &layers[i].weight;
-    gemm.plan = &plans[i];
-    gemm.in = buffers[i % 2];
-    gemm.out = last ? static_cast<uint8_t*>(y.mutable_data_ptr()) : buffers[(i + 1) % 2];
-    gemm.out_layout = last ? &y_layout : &plans[i + 1].in;
-    gemm.epilogue = make_epilogue(layers[i], &epilogue_rows);
-    if (!last) {
-      gemm.epilogue.out_inv_scale = layers[i + 1].inv_x_scale;
-      gemm.epilogue.out_zero = layers[i + 1].x_zero;
-    }
-    const Split split = kernels->split(gemm, int(torch::stable::get_num_threads()));
-    const int64_t work =
-        split.vectors * layers[i].weight.blocks * layers[i].weight.block_o * block_planes(layers[i].weight.format);
-    const int64_t ring = last ? 0 : pack_tasks(plans[i + 1].in);
-    for_each_task(split.tasks() + ring, work < kSerialWork, [&](int64_t task) {
-      if (task < ring)
-        pack(i + 1, SourceTensor{}, task);
-      else
-        kernels->run_task(gemm, split, task - ring);
-    });
+  StoreSpec output;
+  output.slot = ~0;
+  spec.steps.back().stores.push_back(output);
+  try {
+    Program program(std::move(spec));
+    const std::vector<InputTensor> inputs = {input_tensor(x)};
+    const Parallel parallel = torch_parallel();
+    const auto plan = program.plan(inputs, parallel.threads);
+    const OutputShape& shape = Program::output_shapes(*plan)[0];
+    Tensor y = x_is_rows ? torch::stable::new_empty(x, {shape.n, shape.c})
+                         : torch::stable::new_empty(x, {shape.n, shape.c, shape.h, shape.w});
+    program.run(*plan, inputs, {static_cast<float*>(y.mutable_data_ptr())}, parallel);
+    return y;
+  } catch (const std::invalid_argument& e) {
+    STD_TORCH_CHECK(false, op, ": ", e.what());
+  } catch (const std::bad_alloc&) {
+    STD_TORCH_CHECK(false, op, ": out of memory for packed activations; use a smaller batch or image");
   }
-  return y;
 }
 
 }  // namespace sparsegan

@@ -78,6 +78,23 @@ LaneLayout nchw_layout(int64_t n, int64_t c, int64_t h, int64_t w) {
   return l;
 }
 
+LaneLayout plain_layout(Format format, int64_t n, int64_t c, int64_t h, int64_t w) {
+  LaneLayout l;
+  l.format = format;
+  l.images = n, l.channels = c, l.height = l.rows = h, l.width = l.cols = w;
+  l.planes = ceil_div(c, lane_channels(format));
+  set_strides(l, /*by_rows=*/true);
+  return l;
+}
+
+Plan pointwise_plan(int64_t n, int64_t h, int64_t w) {
+  Plan plan;
+  plan.in.images = n, plan.in.height = h, plan.in.width = w;
+  plan.out_h = plan.raster_h = h, plan.out_w = plan.raster_w = w;
+  plan.phases.resize(1);
+  return plan;
+}
+
 void output_size(const Layer& layer, int64_t h, int64_t w, int64_t* out_h, int64_t* out_w) {
   auto size = [&](int64_t in, int64_t k, int64_t s, int64_t p, int64_t op, int64_t d) {
     if (layer.transposed) return (in - 1) * s - 2 * p + d * (k - 1) + op + 1;
@@ -94,7 +111,7 @@ void output_size(const Layer& layer, int64_t h, int64_t w, int64_t* out_h, int64
                                 " pixels; the image must be at least as large as the kernel");
 }
 
-Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, int vector_lanes) {
+Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, int vector_lanes, bool per_image) {
   Plan plan;
   output_size(layer, h, w, &plan.out_h, &plan.out_w);
   const Format format = layer.weight.format;
@@ -118,7 +135,8 @@ Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, i
   };
   std::vector<int64_t> tap_lane(taps, 0);  // lanes from raster pixel (0, 0) to the pixel that the tap reads
 
-  if (h == 1 && w == 1) {
+  const bool batch_in_cols = !per_image && (n >= vector_lanes / 2 || format != Format::kInt8);
+  if (h == 1 && w == 1 && (batch_in_cols || format == Format::kInt8)) {
     // Images of one pixel: an output pixel has at most one tap that is not padding, so every output pixel is a phase of its
     // own, without a multiplication by the ring. A large batch is the raster then; a small one would leave most lanes empty,
     // so its vectors run over the output pixels (int8, where a weight word is a whole row of a block).
@@ -130,7 +148,7 @@ Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, i
     if (4.0 * double(in.planes) * double(n) > INT32_MAX)
       throw std::invalid_argument("a batch of " + std::to_string(n) + " rows of " + std::to_string(c) +
                                   " channels takes more than 2 GiB packed; use smaller batches");
-    if (n >= vector_lanes / 2 || format != Format::kInt8) {
+    if (batch_in_cols) {
       in.batch_in_cols = true;
       in.cols = n;
       in.plane_stride = n, in.image_stride = 1, in.row_stride = n;

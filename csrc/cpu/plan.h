@@ -28,6 +28,7 @@ struct LaneLayout {
   bool batch_in_cols = false;
 
   int64_t lanes() const;
+  bool operator==(const LaneLayout&) const = default;
   // Lane of plane 0 at real pixel (y, x); ring pixels have y, x outside [0, height) x [0, width).
   int64_t at(int64_t n, int64_t y, int64_t x) const {
     const int64_t r = y + top, c = x + left;
@@ -65,7 +66,14 @@ struct Plan {
 // Output size of the layer; throws std::invalid_argument when there is no output pixel.
 void output_size(const Layer& layer, int64_t h, int64_t w, int64_t* out_h, int64_t* out_w);
 
+// per_image: images must not share vectors, because what follows differs from image to image.
 // Throws std::invalid_argument when there is no output pixel, and when one packed image exceeds the 2 GiB of its offsets.
-Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, int vector_lanes);
+Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, int vector_lanes, bool per_image);
+
+// A slot that no gather-GEMM reads: by rows, no ring.
+LaneLayout plain_layout(Format format, int64_t n, int64_t c, int64_t h, int64_t w);
+
+// The raster of a step without weights over output images of h x w.
+Plan pointwise_plan(int64_t n, int64_t h, int64_t w);
 
 }  // namespace sparsegan

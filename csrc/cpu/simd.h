@@ -57,6 +57,7 @@ struct Simd {
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F select_lt(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
   static I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
   template <int kBits>
@@ -134,6 +135,11 @@ struct Simd {
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F select_lt(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static float sum(F a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
   static I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
   static I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
   template <int kBits>
@@ -238,6 +244,11 @@ struct Simd {
   static F min(F a, F b) { return as_f(((a < b) & as_i(a)) | (~(a < b) & as_i(b))); }
   static F select_lt(F a, F b, F yes, F no) { return as_f(((a < b) & as_i(yes)) | (~(a < b) & as_i(no))); }
   static I add(I a, I b) { return a + b; }
+  static float sum(F a) {
+    float total = 0;
+    for (int i = 0; i < kLanes; i++) total += a[i];
+    return total;
+  }
   static I bit_and(I a, I b) { return a & b; }
   static I bit_or(I a, I b) { return a | b; }
   template <int kBits>
@@ -309,6 +320,9 @@ inline Simd::F simd_sigmoid(Simd::F x) {
   return S::div(one, S::add(one, simd_exp(simd_clamp(S::mul(x, S::set1(-1.0f)), -87.0f, 87.0f))));
 }
 
+// Far below zero sigmoid stops at e^-87, so x stops, too.
+inline Simd::F simd_silu(Simd::F x) { return Simd::mul(Simd::max(Simd::set1(-88.0f), x), simd_sigmoid(x)); }
+
 // 1 - 2 / (e^2x + 1); near 0, where that cancels, the odd Taylor series up to x^9 (|x| < 0.25: relative error under 2e-7).
 inline Simd::F simd_tanh(Simd::F x) {
   using S = Simd;
@@ -321,13 +335,25 @@ inline Simd::F simd_tanh(Simd::F x) {
   return S::select_lt(x2, S::set1(0.0625f), series, far);
 }
 
+// x * (1 + erf(x / sqrt 2)) / 2 with erf by Abramowitz and Stegun 7.1.26, absolute error under 1.5e-7.
+inline Simd::F simd_gelu(Simd::F x) {
+  using S = Simd;
+  const S::F one = S::set1(1.0f);
+  const S::F z = S::as_f(S::bit_and(S::as_i(S::mul(x, S::set1(0.70710678f))), S::set1(0x7FFFFFFF)));
+  const S::F t = S::div(one, S::madd(z, S::set1(0.3275911f), one));
+  S::F p = S::set1(1.061405429f);
+  for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = S::madd(p, t, S::set1(c));
+  const S::F tail = S::mul(S::mul(p, t), simd_exp(simd_clamp(S::mul(S::mul(z, z), S::set1(-1.0f)), -87.0f, 0.0f)));
+  // tail = 1 - erf(|x| / sqrt 2): half of it is what is missing on the positive side, and what is left on the negative
+  const S::F half = S::mul(tail, S::set1(0.5f));
+  return S::mul(x, S::select_lt(x, S::set1(0.0f), half, S::add(one, S::mul(half, S::set1(-1.0f)))));
+}
+
 // Whole steps of the u8 format, still without the zero point; S::pack4 adds it and saturates: q = clamp(round(x * inv_scale)
 // + zero, 0, 255). The upper clamp is here because the conversion turns what exceeds int32 into its least number, which is where
 // a NaN and the far negative end up too, rightly: at the lowest step.
-inline Simd::I simd_quantize(Simd::F x, float inv_scale) {
-  using S = Simd;
-  return S::round(S::min(S::set1(1024.0f), S::mul(x, S::set1(inv_scale))));
-}
+inline Simd::I simd_round(Simd::F steps) { return Simd::round(Simd::min(Simd::set1(1024.0f), steps)); }
+inline Simd::I simd_quantize(Simd::F x, float inv_scale) { return simd_round(Simd::mul(x, Simd::set1(inv_scale))); }
 
 // Two channels rounded to bf16 (nearest even) into one lane. Infinities and quiet NaNs are cut off, which keeps them: adding
 // the rounding bit to a NaN could overflow it into a number.

@@ -13,11 +13,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import FIELDS, PackedWeight, unpack
 
-ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid")  # in the order of csrc/packed.h
+ACTIVATIONS = (
+    "none",
+    "relu",
+    "leaky_relu",
+    "tanh",
+    "sigmoid",
+    "silu",
+    "gelu",
+)  # in the order of csrc/packed.h
 
 # The schemas of all ops live in Python, next to their reference; the extension adds implementations.
 LIBRARY = torch.library.Library("sparsegan", "DEF")
@@ -145,6 +154,11 @@ def finish(acc: Tensor, scale: Tensor, bias: Tensor, activation: str, slope: flo
     """act(acc * scale + bias) in float32, rounded once as the kernels do; the channels of acc are dimension `dim`."""
     shape = [-1 if i == dim else 1 for i in range(acc.dim())]
     y = (acc.float().double() * scale.double().view(shape) + bias.double().view(shape)).float().contiguous()
+    return activate(y, activation, slope)
+
+
+def activate(y: Tensor, activation: str, slope: float) -> Tensor:
+    """One of ACTIVATIONS on float32 y; slope is that of leaky_relu. gelu is the exact one, by erf."""
     match activation:
         case "none":
             return y
@@ -156,6 +170,10 @@ def finish(acc: Tensor, scale: Tensor, bias: Tensor, activation: str, slope: flo
             return torch.tanh(y)
         case "sigmoid":
             return torch.sigmoid(y)
+        case "silu":
+            return F.silu(y)
+        case "gelu":
+            return F.gelu(y)
     raise ValueError(f"activation is {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
 
 
