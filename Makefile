@@ -15,6 +15,21 @@ test: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks $(ARGS)
 
+# In an environment of its own: the peers want particular versions of each other.
+PEERS := .venv-peers
+.PHONY: bench-peers
+bench-peers: $(PEERS)/installed
+	$(PEERS)/bin/python -m benchmarks.peers $(ARGS)
+
+$(PEERS)/packages: benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet "setuptools>=77" wheel --requirement $<
+	touch $@
+
+$(PEERS)/installed: $(PEERS)/packages $(SOURCES)
+	$(PEERS)/bin/pip install --quiet --no-build-isolation --editable .
+	touch $@
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

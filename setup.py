@@ -16,11 +16,13 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 # Compiler flags by the end of the file name; files not named here run on every CPU of the architecture.
 ISA_FLAGS = {
     "_avx2.cpp": AVX2,
     "_avx2_vnni.cpp": [*AVX2, "-mavxvnni"],
-    "_avx512_vnni.cpp": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
+    "_avx512_vnni.cpp": AVX512,
+    "_avx512_amx.cpp": [*AVX512, "-mamx-tile", "-mamx-int8"],
 }
 COMPILE_FLAGS = [
     "-std=c++20",

@@ -8,7 +8,7 @@ the activation that follows is part of the layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from sparsegan import formats, ops
 from sparsegan.formats import FIELDS, PackedWeight
+from sparsegan.ops.program import Engine, Program, with_tensors
+from sparsegan.ops.program import tensors as program_tensors
 from sparsegan.patterns import PRUNABLE_TYPES, PrunableLayer, detect_pattern, weight_view
 from sparsegan.quantize import activation_params, quantize_weight
 
@@ -48,7 +50,40 @@ def unsupported_reason(layer: nn.Module) -> str | None:
     return None
 
 
-class SparseLayer(nn.Module):
+def pack_weight(
+    view: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    block: Pair | None = None,
+    x_scale: float = 1.0,
+    order: Sequence[int] | None = None,
+    groups: int = 1,
+) -> PackedWeight:
+    """Pack a dense weight [O, T, C / groups], taps in raster order, quantised first if dtype is torch.int8.
+
+    bias: [O] or None. x_scale: int8 only, of the input. order: raster indices of the taps in packed order
+    (`formats.tap_order`), for a transposed convolution. block, groups, errors: see `formats.pack`.
+    """
+    scale = None
+    if dtype == torch.int8:
+        view, scale = quantize_weight(view)
+        scale *= x_scale
+    return formats.pack(view if order is None else view[:, order], dtype, block, scale, bias, groups)
+
+
+class _Packed(nn.Module):
+    """A module whose buffers keep their number format: .half() on a whole model moves them, but must not round them."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
+
+
+class SparseLayer(_Packed):
     """What the three layers have in common; use those.
 
     packed:      the weight.
@@ -125,21 +160,20 @@ class SparseLayer(nn.Module):
         view = weight_view(layer).detach()
         pattern = detect_pattern(view)
         geometry = {name: _geometry(layer, name) for name in cls.GEOMETRY}
+        order = None
         if isinstance(layer, nn.ConvTranspose2d):
             names = ("kernel_size", "stride", "padding", "dilation")
-            view = view[:, formats.tap_order(*(geometry[name] for name in names))]
-        x_scale, x_zero, scale = 1.0, 0, None
+            order = formats.tap_order(*(geometry[name] for name in names))
+        x_scale, x_zero = 1.0, 0
         if dtype == torch.int8:
             if x_range is None:
                 raise ValueError(
                     "an int8 layer needs x_range, the (lo, hi) of its input: see quantize.calibrate"
                 )
             x_scale, x_zero = activation_params(*x_range)
-            view, scale = quantize_weight(view)
-            scale *= x_scale
         groups = 1 if isinstance(layer, nn.Linear) else layer.groups
         return cls(
-            formats.pack(view, dtype, block, scale, layer.bias, groups),
+            pack_weight(view, layer.bias, dtype, block, x_scale, order, groups),
             groups=groups,
             pattern=str(pattern or "dense"),
             x_scale=x_scale,
@@ -200,15 +234,6 @@ class SparseLayer(nn.Module):
             slope=self.slope,
             backend=self.backend,
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # The number format is the layer's own: .half() on a whole model moves it, but must not round it.
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(move, recurse)
-        return self
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}"]
@@ -272,6 +297,59 @@ class SparseChain(nn.Sequential):
         layers = cast(dict[str, SparseLayer], self._modules).values()
         weights = [cast(Tensor, layer._buffers[field]) for layer in layers for field in FIELDS]
         return self._chain.run(x, weights, next(iter(layers)).backend)
+
+
+class SparseProgram(_Packed):
+    """Steps of a generator that run in one native call (`ops.program`); made by `graph.lower`.
+
+    The tensors of the program are buffers, named as `program.tensors` names them. Raises ValueError for a
+    program that `program.validate` refuses.
+    """
+
+    def __init__(self, program: Program, backend: str | None = None) -> None:
+        super().__init__()
+        for name, tensor in program_tensors(program).items():
+            self.register_buffer(name, tensor)
+        self.backend = backend
+        self._program = program
+        self._engine: Engine | None = Engine(program, backend)
+
+    @property
+    def program(self) -> Program:
+        """The program as the buffers have it now."""
+        return self._program
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """inputs: float32 [N, C, H, W] or [N, C], as the program takes them. Returns its outputs, float32.
+
+        Raises RuntimeError when an input requires a gradient, ValueError or RuntimeError for inputs that do not fit.
+        """
+        for x in inputs:
+            _check_inference(self, x)
+        if self._engine is None:
+            self._engine = Engine(self._program, self.backend)
+        return tuple(self._engine.run(inputs))
+
+    def _tensors_changed(self) -> None:
+        self._program = with_tensors(self._program, cast(dict[str, Tensor], self._buffers))
+        self._engine = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._tensors_changed()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._tensors_changed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_engine": None}  # native memory is not copied
+
+    def extra_repr(self) -> str:
+        steps = self._program.steps
+        layers = sum(step.weight is not None for step in steps)
+        return f"{self._program.inputs} inputs, {len(steps)} steps ({layers} layers), {self._program.outputs} outputs"
 
 
 SPARSE_TYPES: dict[type[PrunableLayer], type[SparseLayer]] = {

@@ -286,7 +286,7 @@ GEOMETRY = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (0, 0), "dilatio
         ({"x_scale": float("nan")}, "x_scale"),
         ({"x_scale": 1e-40}, "x_scale"),
         ({"x_zero": 256}, "x_zero"),
-        ({"activation": "gelu"}, "activation must be one of"),
+        ({"activation": "swish"}, "activation must be one of"),
         ({"slope": float("inf")}, "slope"),
         ({"groups": 3}, "groups must divide"),
     ],

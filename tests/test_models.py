@@ -6,23 +6,33 @@ import os
 import pickle
 import subprocess
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparsegan.metrics import density_coverage, psnr
 from sparsegan.models import (
     MODELS,
     ConvVAE,
+    ResidualGenerator,
+    StyleGAN2Generator,
+    UNetGenerator,
+    cyclegan_generator,
     dcgan_generator,
     faces,
     load_faces,
     load_model,
     load_vae,
+    mlp_generator,
     registry,
+    seeded,
+    vae_decoder,
 )
+from sparsegan.models.stylegan2 import _StyledConv
 from sparsegan.train import load_fashion_mnist
 from sparsegan.train.data import DEFAULT_FOLDER
 
@@ -59,6 +69,145 @@ def test_vae_maps_there_and_back() -> None:
     assert mean.shape == log_variance.shape == (3, 6)
     assert not torch.equal(mean, log_variance)
     assert vae(images).shape == vae.generator()(torch.randn(3, 6)).shape == (3, 1, 32, 32)
+
+
+# name: (how to build a small one, shape of an input, shape of an output)
+SMALL = {
+    "dcgan": (partial(dcgan_generator, 5, (8, 6), 3), (5, 1, 1), (3, 16, 16)),
+    "mlp": (partial(mlp_generator, 5, 8, 12), (5,), (12,)),
+    "vae": (partial(vae_decoder, 6, 8, 2, (8, 4), 3), (6,), (3, 8, 8)),
+    "residual": (partial(ResidualGenerator, 6, 4, (2, 2, 1)), (6,), (3, 16, 16)),
+    "cyclegan": (partial(cyclegan_generator, 4, 2), (3, 16, 16), (3, 16, 16)),
+    "unet": (partial(UNetGenerator, 4, 4), (3, 16, 16), (3, 16, 16)),
+    "stylegan2": (partial(StyleGAN2Generator, 16, 8, 64, 8, 2), (8,), (3, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_seeded_model_makes_images_of_its_input_alone(name: str) -> None:
+    build, input_shape, output_shape = SMALL[name]
+    state = torch.get_rng_state()
+    model, again, other = (seeded(build, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    x = torch.randn(2, *input_shape)
+    images = model(x)
+    assert images.shape == (2, *output_shape)
+    assert bool(images.isfinite().all()) and 0.05 < images.std() < 10
+    assert torch.equal(images, again(x))
+    assert not torch.allclose(images, other(x))
+    torch.testing.assert_close(images[1:], model(x[1:]))
+    assert not torch.allclose(images[1:], model(x[:1]))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_model_can_be_traced(name: str) -> None:
+    build, input_shape, _ = SMALL[name]
+    model, x = seeded(build, 1), torch.randn(3, *input_shape)
+    traced = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        partial(nn.Linear, 32, 32),
+        partial(nn.Conv2d, 32, 32, 3, padding=1, padding_mode="circular"),
+        partial(nn.ConvTranspose2d, 32, 32, 4, 2, 1),
+    ],
+    ids=["linear", "conv", "transposed conv"],
+)
+def test_seeded_weights_keep_the_size_of_activations(layer: partial[nn.Module]) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(*(part for _ in range(4) for part in (layer(), nn.ReLU())))
+
+    shape = (4, 32) if layer.func is nn.Linear else (4, 32, 4, 4)
+    squares = [
+        seeded(build, seed)(torch.randn(shape)).square().mean() / 0.5  # 0.5: what ReLU leaves of variance 1
+        for seed in range(8)
+    ]
+    assert 0.4 < torch.stack(squares).median() < 2.5
+
+
+def test_seeded_norms_do_something_and_fixed_filters_stay() -> None:
+    def build() -> nn.Module:
+        fixed = nn.Conv2d(3, 3, 1)
+        fixed.requires_grad_(False).weight.fill_(7.0)
+        return nn.Sequential(fixed, nn.BatchNorm2d(3), nn.InstanceNorm2d(3), nn.GroupNorm(3, 3))
+
+    fixed, batch, _, group = seeded(build, 1)
+    assert bool((fixed.weight == 7).all())
+    for statistic, plain in (
+        (batch.running_mean, 0),
+        (batch.running_var, 1),
+        (batch.weight, 1),
+        (group.bias, 0),
+    ):
+        assert bool(((statistic - plain).abs() > 1e-4).all())
+
+
+def test_unet_lets_every_map_through() -> None:
+    """What is left of the image when the innermost map is cut off comes by the skips, level by level."""
+    model = seeded(partial(UNetGenerator, 4, 4), 1)
+    x = torch.randn(1, 3, 16, 16)
+    images = model(x)
+    for level in model.down:
+        conv = level[0] if isinstance(level, nn.Sequential) else level
+        weight = conv.weight.clone()
+        conv.weight.zero_()
+        assert not torch.allclose(model(x), images)
+        conv.weight.copy_(weight)
+    assert torch.equal(model(x), images)
+
+
+def _modulated(conv: nn.Module, x: Tensor, style: Tensor) -> Tensor:
+    """Equations 1 and 3 of the paper, literally: weights of its own for each image."""
+    images = []
+    for image, scale in zip(x, style, strict=True):
+        transposed = isinstance(conv, nn.ConvTranspose2d)
+        weight = conv.weight.transpose(0, 1) if transposed else conv.weight
+        weight = weight * scale[None, :, None, None]
+        weight = weight / (weight.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        if transposed:
+            images.append(F.conv_transpose2d(image[None], weight.transpose(0, 1), stride=2))
+        else:
+            images.append(F.conv2d(image[None], weight, padding=1))
+    return torch.cat(images)
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_styled_convolution_is_that_of_the_paper(up: bool) -> None:
+    layer = seeded(lambda: _StyledConv(5, 7, 8, 6, up), 1)
+    x, w = torch.randn(3, 5, 4 if up else 8, 4 if up else 8), torch.randn(3, 6)
+    y = _modulated(layer.conv, x, layer.affine(w))
+    if up:
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]).outer(torch.tensor([1.0, 3.0, 3.0, 1.0])) / 16
+        y = F.conv2d(y, taps.expand(7, 1, 4, 4), padding=1, groups=7)
+    y = F.leaky_relu(y + layer.noise_strength * layer.noise + layer.bias, 0.2) * 2**0.5
+    torch.testing.assert_close(layer(x, w), y)
+
+
+def test_stylegan2_keeps_the_brightness_of_the_image_it_doubles() -> None:
+    upsample = StyleGAN2Generator(8, 8, 64, 8, 2).blocks[0].upsample
+    assert upsample(torch.ones(1, 3, 4, 4))[:, :, 1:-1, 1:-1].detach() == pytest.approx(1.0)
+
+
+def test_stylegan2_takes_up_changed_weights_when_told() -> None:
+    model = seeded(partial(StyleGAN2Generator, 16, 8, 64, 8, 2), 1)
+    z = torch.randn(1, 8)
+    images = model(z)
+    for block in model.blocks:
+        block.up.conv.weight *= 4  # demodulation takes any factor that all weights share away again
+    assert not torch.allclose(model(z), images)
+    model.refresh()
+    torch.testing.assert_close(model(z), images)
+
+
+@pytest.mark.parametrize("resolution", [4, 24])
+def test_stylegan2_refuses_other_resolutions(resolution: int) -> None:
+    with pytest.raises(ValueError, match=f"power of two from 8 on, got {resolution}"):
+        StyleGAN2Generator(resolution)
 
 
 # Shipped weights.

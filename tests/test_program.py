@@ -6,8 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import running_on
+from program_cases import assert_agree, programs
 from torch import nn
 
+from sparsegan import ops
 from sparsegan.formats import pack, tap_order
 from sparsegan.layers import SparseConv2d, SparseConvTranspose2d, SparseLinear
 from sparsegan.ops.program import Act, Affine, Engine, Norm, Program, Slot, Step, Store, reference, validate
@@ -16,6 +21,7 @@ from sparsegan.quantize import quantize_weight
 
 # What runs programs: name -> (program, inputs) -> outputs.
 RUNNERS = {"reference": reference, "cpu": lambda program, inputs: Engine(program, "cpu").run(inputs)}
+ISAS = ops.available_isas() or ["reference"]
 FORMATS = {"u8": torch.int8, "bf16": torch.bfloat16, "f32": torch.float32}
 U8 = {"format": "u8", "scale": 0.03, "zero": 120}
 
@@ -283,6 +289,7 @@ def changed(i=None, store=None, slot=None, **fields):
         (changed(3, output_padding=(1, 1)), "have no output_padding, it is conv2d"),
         (changed(3, view=(3, 1, 1)), "have no view"),
         (changed(3, stores=()), "store its result"),
+        (changed(3, stores=(Store(~0),) * 5), "store at most 4 times, got 5"),
         (changed(0, stats=False), "normalise a slot that one step with stats"),
         (changed(2, norm=Norm(3, 1e-5)), "groups that divide 4, got 3"),
         (changed(2, norm=Norm(2, 1e-5, Affine(torch.ones(2), torch.ones(2)))), "affine scale of 4 numbers"),
@@ -307,3 +314,23 @@ def test_what_native_code_relies_on_is_checked(program, message):
 
 def test_a_valid_program_passes():
     validate(VALID)
+
+
+@settings(max_examples=80, deadline=None)
+@given(case=programs(exact=True), runner=st.sampled_from(ISAS))
+def test_random_int8_programs_are_exact(case, runner):
+    compare(*case, runner)
+
+
+@settings(max_examples=80, deadline=None)
+@given(case=programs(), runner=st.sampled_from(ISAS))
+def test_random_programs(case, runner):
+    compare(*case, runner)
+
+
+def compare(program, inputs, runner):
+    validate(program)
+    wanted = reference(program, inputs)
+    with running_on(runner) as backend:
+        got = Engine(program, backend).run(inputs)
+    assert_agree(program, got, wanted)

@@ -10,6 +10,7 @@
 // its own output, so the result does not depend on the number of threads.
 #pragma once
 #include <cstdint>
+#include <memory>
 
 #include "plan.h"
 
@@ -19,6 +20,7 @@ namespace sparsegan {
 struct Source {
   const uint8_t* data = nullptr;
   LaneLayout layout;       // of a tensor: format f32, no ring, one phase; plane_stride is that of channels
+  bool tensor = false;     // not a slot: nothing may be read past its end
   int64_t col_stride = 1;  // lanes between neighbouring columns (of one phase)
   float scale = 1;         // u8: value = (q - zero) * scale
   int32_t zero = 0;
@@ -60,6 +62,11 @@ struct Epilogue {
   int store_count = 0;
 };
 
+// What an instruction set makes of a layer's weight beforehand, for one plan.
+struct Prepared {
+  virtual ~Prepared() = default;
+};
+
 struct GatherGemm {
   const PackedWeight* weight = nullptr;  // pointwise steps: only the rows, in order
   const Plan* plan = nullptr;
@@ -67,6 +74,7 @@ struct GatherGemm {
   const Source* source = nullptr;  // pointwise steps read this instead
   int upsample = 1, shuffle = 1;   // pointwise steps
   Epilogue epilogue;
+  const Prepared* prepared = nullptr;
   // Images do not share a tile: set where the epilogue differs from image to image.
   bool per_image = false;
 };
@@ -95,6 +103,8 @@ struct SourceTensor {
 struct Kernels {
   const char* isa;
   int vector_lanes;
+  // nullptr where the instruction set has nothing better than the packed weight. The plan must outlive what is returned.
+  std::unique_ptr<const Prepared> (*prepare)(const GatherGemm& op);
   Split (*split)(const GatherGemm& op, int threads);
   void (*run_task)(const GatherGemm& op, const Split& split, int64_t task);
   // Fills a lane buffer from a tensor, ring included; `line` in [0, pack_lines(layout)).
@@ -113,5 +123,6 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();  // nullptr where not compiled in
 const Kernels* avx2_vnni_kernels();
 const Kernels* avx512_vnni_kernels();
+const Kernels* avx512_amx_kernels();
 
 }  // namespace sparsegan

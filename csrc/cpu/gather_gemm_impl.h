@@ -3,6 +3,8 @@
 #pragma once
 #include <chrono>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "gather_gemm.h"
 #include "simd.h"
@@ -13,8 +15,9 @@ namespace {
 using S = Simd;
 constexpr int kMaxR = 8;
 constexpr int kMaxV = S::kMaxV4 > S::kMaxV8 ? S::kMaxV4 : S::kMaxV8;
-constexpr int kGroupChannels = 128;         // output channels of a task, see make_split
-constexpr int kTileWords = 32 * S::kLanes;  // the largest R * V tile
+constexpr int kPreparedV = 4, kPreparedRows = 32;  // vectors and channels that the matrix unit takes at once
+constexpr int kGroupChannels = 128;                // output channels of a task, see make_split
+constexpr int kTileWords = 32 * S::kLanes;         // the largest R * V tile
 static_assert(8 * S::kMaxV8 <= 32 && 4 * S::kMaxV4 <= 32, "a tile must fit kTileWords");
 
 // ---- the three number formats: what a lane holds and how it is multiplied ----------------------------------------------------
@@ -245,6 +248,53 @@ void load_shuffled(const Source& s, int64_t channel, int64_t n, int64_t y, int64
   }
 }
 
+// A source as a tile sees it. Where every vector is one piece of an image row that lies as it is read, the values come straight
+// from the source, else by way of a buffer that the functions above fill.
+struct Reader {
+  const Source* source = nullptr;
+  bool direct = false;
+  int64_t lane[kMaxV];            // direct: of each vector, in a plane
+  const float* buffer = nullptr;  // [block_o][vectors][lanes]
+
+  // Channels c .. c + 3 of vector v, rows 4 * i .. of the tile. c is a multiple of 4 when direct.
+  [[gnu::always_inline]] void load(int64_t c, int i, int v, int vectors, S::F (&y)[4]) const {
+    if (!direct) {
+      for (int j = 0; j < 4; j++) y[j] = S::load_f(buffer + ((4 * i + j) * vectors + v) * S::kLanes);
+      return;
+    }
+    const LaneLayout& l = source->layout;
+    const uint8_t* const data = source->data + 4 * lane[v];
+    auto plane = [&](int64_t p) { return S::load(data + 4 * p * l.plane_stride); };
+    auto dequantized = [&](S::I q) {
+      return S::mul(S::to_float(S::add(S::bit_and(q, S::set1(255)), S::set1(-source->zero))), S::set1(source->scale));
+    };
+    const S::F zero = S::set1(0.0f);
+    if (source->one_channel) {
+      const S::I word = plane(0);
+      const S::F value = l.format == Format::kInt8       ? dequantized(word)
+                         : l.format == Format::kBFloat16 ? S::as_f(S::shift_left<16>(word))
+                                                         : S::as_f(word);
+      for (int j = 0; j < 4; j++) y[j] = value;
+    } else if (c >= l.channels) {
+      for (int j = 0; j < 4; j++) y[j] = zero;
+    } else if (l.format == Format::kInt8) {
+      const S::I word = plane(c / 4);
+      y[0] = dequantized(word);
+      y[1] = dequantized(S::template shift_right<8>(word));
+      y[2] = dequantized(S::template shift_right<16>(word));
+      y[3] = dequantized(S::template shift_right<24>(word));
+    } else if (l.format == Format::kBFloat16) {
+      for (int j = 0; j < 4; j += 2) {
+        const S::I word = c + j < l.channels ? plane((c + j) / 2) : S::set1(0);
+        y[j] = S::as_f(S::template shift_left<16>(word));
+        y[j + 1] = S::as_f(S::bit_and(word, S::set1(int32_t(0xFFFF0000))));
+      }
+    } else {
+      for (int j = 0; j < 4; j++) y[j] = c + j < l.channels ? S::as_f(plane(c + j)) : zero;
+    }
+  }
+};
+
 // ---- epilogue: accumulators to words of the stores' lanes
 // ----------------------------------------------------------------------
 
@@ -305,7 +355,8 @@ struct RowTile {
   const int32_t* acc;       // [block_o][vectors][lanes]
   int64_t first;            // row * block_o, where arrays by packed row begin
   int64_t image;            // of the tile, where images do not share one
-  const float* residual;    // [block_o][vectors][lanes], or nullptr
+  const Reader* source;     // pointwise steps, instead of acc
+  const Reader* residual;   // or nullptr
   const int32_t* real;      // [vectors][lanes] all bits set in lanes that are pixels; only for sums
   float* sums;              // [block_o], added to
   float* squares;           // [block_o], added to
@@ -358,16 +409,21 @@ void finish_rows(const Epilogue& e, const RowTile& tile, int block_o, int vector
       sum[j] = square[j] = S::set1(0.0f);
     }
     for (int v = 0; v < vectors; v++) {
-      S::F y[4];
+      S::F y[4], other[4];
+      if (tile.source)
+        tile.source->load(tile.first + 4 * i, i, v, vectors, y);
+      else
+        for (int j = 0; j < 4; j++) y[j] = T::value(S::load(tile.acc + ((4 * i + j) * vectors + v) * S::kLanes));
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) {
-        const int64_t word = ((4 * i + j) * vectors + v) * S::kLanes;
-        y[j] = activate<kActivation>(S::madd(T::value(S::load(tile.acc + word)), scale[j], bias[j]), e.slope);
-        if (tile.residual) {
-          y[j] = S::add(y[j], S::load_f(tile.residual + word));
-          if (e.post_activation != Activation::kNone) y[j] = activate(e.post_activation, y[j], e.post_slope);
-        }
+      for (int j = 0; j < 4; j++) y[j] = activate<kActivation>(S::madd(y[j], scale[j], bias[j]), e.slope);
+      if (tile.residual) {
+        tile.residual->load(tile.first + 4 * i, i, v, vectors, other);
+        for (int j = 0; j < 4; j++) y[j] = S::add(y[j], other[j]);
       }
+      if (e.post_activation == Activation::kRelu)
+        for (int j = 0; j < 4; j++) y[j] = activate<Activation::kRelu>(y[j], 0);
+      else if (e.post_activation != Activation::kNone)
+        for (int j = 0; j < 4; j++) y[j] = activate(e.post_activation, y[j], e.post_slope);
       if (tile.sums) {
         const S::I real = S::load(tile.real + v * S::kLanes);
         for (int j = 0; j < 4; j++) {
@@ -390,9 +446,10 @@ void finish_rows(const Epilogue& e, const RowTile& tile, int block_o, int vector
 bool is_plain(const Epilogue& e, const bool* whole_lanes) {
   const Store& s = e.stores[0];
   return e.store_count == 1 && s.layout->format == Format::kInt8 && whole_lanes[0] && !s.scale &&
-         s.activation == Activation::kNone && !s.factor && !e.residual && !e.sums;
+         s.activation == Activation::kNone && !s.factor && !e.residual && !e.sums && e.post_activation == Activation::kNone;
 }
 
+// Of accumulators; pointwise steps go the general way.
 template <class T, Activation kActivation>
 void finish_plain_rows(const Epilogue& e, const RowTile& tile, int block_o, int vectors) {
   const float* scales = e.scale + tile.image * e.scale_stride + tile.first;
@@ -433,8 +490,8 @@ constexpr FinishRows kFinishRows[kActivations] = {finish_rows<T, Activation::kNo
                                                   finish_rows<T, Activation::kGelu>};
 
 template <class T>
-FinishRows choose_finish(const Epilogue& e, const bool* whole_lanes) {
-  if (!is_plain(e, whole_lanes)) return kFinishRows<T>[int(e.activation)];
+FinishRows choose_finish(const Epilogue& e, const bool* whole_lanes, bool pointwise) {
+  if (pointwise || !is_plain(e, whole_lanes)) return kFinishRows<T>[int(e.activation)];
   // saturation to u8 with no zero point is a ReLU already
   const bool clamps = e.activation == Activation::kRelu && e.stores[0].zero == 0;
   return kFinishPlainRows<T>[clamps ? 0 : int(e.activation)];
@@ -467,15 +524,19 @@ Split make_split(const GatherGemm& op, int threads) {
   const PackedWeight& w = *op.weight;
   const Plan& plan = *op.plan;
   Split s;
-  const int most = w.block_o == 8 ? S::kMaxV8 : S::kMaxV4;
+  const int most = op.prepared ? kPreparedV : w.block_o == 8 ? S::kMaxV8 : S::kMaxV4;
   s.vectors = vectors_per_image(plan) * (plan.in.batch_in_cols || op.per_image ? 1 : plan.in.images);
   s.tiles_per_image = ceil_div(s.vectors, most);
   s.tiles = s.tiles_per_image * (op.per_image ? plan.in.images : 1);
   s.phase_rows = plan.pixels ? 1 : int64_t(plan.phases.size()) / plan.interleave;
   s.strip = ceil_div(s.tiles, ceil_div(ceil_div(s.tiles, 16), threads) * threads);
   // 128 output channels a task keep the tile's input in L1 while the weights pass; fewer when tasks would not go round.
-  s.row_group = kGroupChannels / w.block_o;
-  while (s.row_group > 1 && s.tiles * s.phase_rows * ceil_div(w.rows, s.row_group) < 6 * threads) s.row_group /= 2;
+  s.row_group = op.prepared ? w.rows : kGroupChannels / w.block_o;
+  const int64_t least = op.prepared ? kPreparedRows / w.block_o : 1;
+  s.row_group = ceil_div(s.row_group, least) * least;
+  while (s.row_group / 2 >= least && s.row_group / 2 % least == 0 &&
+         s.tiles * s.phase_rows * ceil_div(w.rows, s.row_group) < 6 * threads)
+    s.row_group /= 2;
   s.row_groups = ceil_div(w.rows, s.row_group);
   for (int i = 0; i < op.epilogue.store_count; i++) s.whole_lanes[i] = fills_lanes(w, op.epilogue.stores[i]);
   const int64_t all_vectors = s.vectors * (op.per_image ? plan.in.images : 1);
@@ -505,6 +566,7 @@ struct TilePixels {
   Segment segments[kMaxSegments];
   int count = 0;
   WordColumns columns[kMaxStores];
+  Reader source, residual;
 };
 
 // Vectors [first, first + vectors) of all images, or of image `image` where they are counted by image.
@@ -556,6 +618,23 @@ void find_columns(const GatherGemm& op, const Split& split, int vectors, TilePix
       columns.col[v] = columns.direct ? out.at(segment.n, segment.y, segment.x) : v * S::kLanes;
       columns.count[v] = columns.direct ? int(segment.count) : S::kLanes;
     }
+  }
+}
+
+// Whether `source`, read from (y / upsample, x / upsample) on, lies as the tile's vectors read it, and if so where.
+void find_lanes(const GatherGemm& op, const Source& source, int upsample, bool whole, const TilePixels& tile, int vectors,
+                Reader* reader) {
+  const Plan& plan = *op.plan;
+  const LaneLayout& l = source.layout;
+  reader->source = &source;
+  reader->direct = whole && tile.count == vectors && source.col_stride == 1 && l.phases_w == 1 && !plan.in.batch_in_cols &&
+                   upsample == plan.step_w && plan.step_w == plan.interleave;
+  for (int v = 0; reader->direct && v < vectors; v++) {
+    const Segment& s = tile.segments[v];
+    // Slots can be read past their end; tensors cannot, and the last vector of a row may be short.
+    reader->direct &=
+        s.tile_word == int64_t(v) * S::kLanes * plan.interleave && (!source.tensor || s.count >= S::kLanes * plan.interleave);
+    reader->lane[v] = l.at(s.n, s.y / upsample, s.x / upsample);
   }
 }
 
@@ -744,16 +823,16 @@ void finish_tile(const GatherGemm& op, const Split& split, const TilePixels& til
     rows.squares = rows.sums + w.rows * block_o;
     for (int r = 0; r < block_o; r++) rows.sums[r] = rows.squares[r] = 0;
   }
-  const FinishRows finish = choose_finish<T>(e, split.whole_lanes);
+  const FinishRows finish = choose_finish<T>(e, split.whole_lanes, op.source != nullptr);
+
+  rows.source = op.source ? &tile.source : nullptr;
+  rows.residual = e.residual ? &tile.residual : nullptr;
 
   for (int b = 0; b < interleave; b++) {
     rows.acc = compute(phase_row * interleave + b);
-    rows.residual = nullptr;
-    if (e.residual) {
+    if (e.residual && !tile.residual.direct)
       for (int r = 0; r < block_o; r++)
         if (channels[r] >= 0) load_residual(op, tile, channels[r], b, memory->residual + r * words);
-      rows.residual = memory->residual;
-    }
     rows.real = memory->real[b];
     if (b > 0)
       for (int s = 0; s < e.store_count; s++)
@@ -784,7 +863,7 @@ bool is_single_pixel(const GatherGemm& op) {
   const Store& s = e.stores[0];
   return op.plan->pixels && op.plan->phases.size() == 1 && e.store_count == 1 && s.layout->plane_stride == 1 &&
          s.layout->format != Format::kBFloat16 && s.channel == 0 && !s.scale && s.activation == Activation::kNone && !s.factor &&
-         !e.residual && !e.sums && e.scale_stride == 0;
+         !e.residual && !e.sums && e.post_activation == Activation::kNone && e.scale_stride == 0;
 }
 
 void run_single_pixel(const GatherGemm& op, const TilePixels& tile, int vectors, int64_t first_row, int64_t last_row) {
@@ -827,6 +906,257 @@ void run_single_pixel(const GatherGemm& op, const TilePixels& tile, int vectors,
   }
 }
 
+// ---- many output channels at once, int8: the matrix unit
+// ------------------------------------------------------------------------
+//
+//   C [16 channels x 16 pixels] += A [16 channels x 16 columns of 4] * B [16 columns x 16 pixels of 4]
+//
+// A column is a (tap, input block), whose 16 pixels lie anywhere, unaligned; loading such rows as a tile takes four times as long
+// as the product. So the columns that a group of 32 output channels uses are first copied, 16 to a tile, and every tile of
+// weights then finds them ready. Where all groups use the same columns, as in a dense layer, they are copied once for all groups.
+
+#if defined(__AMX_INT8__)
+
+constexpr int kGroupRows = kPreparedRows;  // output channels of a group
+constexpr int kTileVectors = kPreparedV;   // of pixels
+constexpr int kAccWords = kGroupRows * kTileVectors * S::kLanes;
+
+struct TileWeight : Prepared {
+  struct Group {
+    int64_t steps = 0;    // of 16 columns
+    int64_t offsets = 0;  // first of steps * 16 in `offsets`
+    int64_t tiles = 0;    // first of steps * tiles_m in `tiles`, a step's tiles side by side
+  };
+  int rows_m = 16;         // of a tile of weights
+  int tiles_m = 2;         // tiles of weights a group
+  int64_t group_rows = 0;  // packed rows a group
+  int64_t groups = 0;
+  int64_t most_steps = 0;
+  std::vector<Group> by_phase;   // [phases][groups]
+  std::vector<int32_t> offsets;  // bytes, as in Plan; the last step is filled up with a column whose weights are zero
+  std::vector<int8_t> bytes;
+  const int8_t* tiles = nullptr;  // aligned, in `bytes`
+  const Group& at(int64_t phase, int64_t group) const { return by_phase[phase * groups + group]; }
+};
+
+// Cycles, measured on Granite Rapids with two threads: a product of tiles with its loads, which come from L2 and, of weights
+// beyond its size, from L3; the copy of 16 columns of one vector; a block of the vector kernel on four vectors.
+constexpr double kCopyCycles = 100;
+constexpr int64_t kWeightsInL2 = 1 << 20;
+constexpr double product_cycles(int64_t weight_bytes) { return weight_bytes <= kWeightsInL2 ? 41 : 60; }
+constexpr double block_cycles(int64_t block_o) { return block_o == 8 ? 28 : 17; }
+
+std::unique_ptr<const Prepared> prepare(const GatherGemm& op) {
+  const PackedWeight& w = *op.weight;
+  const Plan& plan = *op.plan;
+  if (op.source || plan.pixels || w.format != Format::kInt8 || w.blocks == 0) return nullptr;
+  auto made = std::make_unique<TileWeight>();
+  TileWeight& t = *made;
+  const int64_t rows = w.rows * w.block_o;
+  t.rows_m = int(rows < Tiles::kRows ? rows : Tiles::kRows);
+  t.tiles_m = rows > Tiles::kRows ? 2 : 1;
+  t.group_rows = kGroupRows / w.block_o;
+  t.groups = ceil_div(w.rows, t.group_rows);
+  const int64_t columns = int64_t(plan.offsets.size()), phases = int64_t(plan.phases.size());
+
+  // Columns that each group uses, and those that any group uses.
+  std::vector<std::vector<int32_t>> used(phases * t.groups), shared(phases);
+  auto row_blocks = [&](int64_t row, int64_t phase) {
+    return std::pair<int64_t, int64_t>{w.tap_ptr[row * w.taps + plan.phases[phase].tap_begin],
+                                       w.tap_ptr[row * w.taps + plan.phases[phase].tap_end]};
+  };
+  const double product = product_cycles(phases * t.groups * t.tiles_m * columns / 16 * Tiles::kBytes);
+  double apart = 0, together = 0, vectors = 0;
+  for (int64_t p = 0; p < phases; p++) {
+    std::vector<bool> any(columns, false);
+    for (int64_t g = 0; g < t.groups; g++) {
+      std::vector<bool> mine(columns, false);
+      for (int64_t row = g * t.group_rows; row < (g + 1) * t.group_rows && row < w.rows; row++) {
+        const auto [begin, end] = row_blocks(row, p);
+        for (int64_t i = begin; i < end; i++) mine[w.cols[i]] = any[w.cols[i]] = true;
+        vectors += double(end - begin) * block_cycles(w.block_o);
+      }
+      for (int64_t c = 0; c < columns; c++)
+        if (mine[c]) used[p * t.groups + g].push_back(int32_t(c));
+      apart += double(ceil_div(int64_t(used[p * t.groups + g].size()), 16)) * 4 * (t.tiles_m * product + kCopyCycles);
+    }
+    for (int64_t c = 0; c < columns; c++)
+      if (any[c]) shared[p].push_back(int32_t(c));
+    together += double(ceil_div(int64_t(shared[p].size()), 16)) * 4 * (t.groups * t.tiles_m * product + kCopyCycles);
+  }
+  if (vectors < apart && vectors < together) return nullptr;
+  if (together <= apart)
+    for (int64_t i = 0; i < phases * t.groups; i++) used[i] = shared[i / t.groups];
+
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < phases * t.groups; i++) {
+    TileWeight::Group group;
+    group.steps = ceil_div(int64_t(used[i].size()), 16);
+    group.tiles = tiles;
+    tiles += group.steps * t.tiles_m;
+    if (i % t.groups > 0 && used[i] == used[i - 1]) {
+      group.offsets = t.by_phase.back().offsets;
+    } else {
+      group.offsets = int64_t(t.offsets.size());
+      for (int64_t c = 0; c < group.steps * 16; c++)
+        t.offsets.push_back(plan.offsets[used[i][c < int64_t(used[i].size()) ? c : int64_t(used[i].size()) - 1]]);
+    }
+    t.most_steps = group.steps > t.most_steps ? group.steps : t.most_steps;
+    t.by_phase.push_back(group);
+  }
+  t.bytes.assign(tiles * Tiles::kBytes + 64, 0);
+  int8_t* const aligned = t.bytes.data() + (64 - reinterpret_cast<uintptr_t>(t.bytes.data()) % 64) % 64;
+  t.tiles = aligned;
+  std::vector<int64_t> place(columns);
+  for (int64_t i = 0; i < phases * t.groups; i++) {
+    for (size_t c = 0; c < used[i].size(); c++) place[used[i][c]] = int64_t(c);
+    const int64_t first_row = i % t.groups * t.group_rows;
+    for (int64_t row = first_row; row < first_row + t.group_rows && row < w.rows; row++) {
+      const auto [begin, end] = row_blocks(row, i / t.groups);
+      for (int64_t b = begin; b < end; b++)
+        for (int64_t r = 0; r < w.block_o; r++) {
+          const int64_t m = (row - first_row) * w.block_o + r, c = place[w.cols[b]];
+          std::memcpy(aligned + (t.by_phase[i].tiles + c / 16 * t.tiles_m + m / 16) * Tiles::kBytes + m % 16 * Tiles::kRowBytes +
+                          c % 16 * 4,
+                      w.values + (b * w.block_o + r) * kBlockK, kBlockK);
+        }
+    }
+  }
+  return made;
+}
+
+// Copies of columns: [vector][step] tiles.
+uint8_t* tile_memory(int64_t bytes) {
+  thread_local std::vector<uint8_t> memory;
+  if (int64_t(memory.size()) < bytes + 64) memory.resize(bytes + 64);
+  return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+}
+
+void copy_columns(const uint8_t* x, const int32_t* offsets, int64_t steps, uint8_t* to) {
+  for (int64_t s = 0; s < steps; s++, offsets += 16, to += Tiles::kBytes)
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++) S::store(to + j * Tiles::kRowBytes, S::load(x + offsets[j]));
+}
+
+// acc [32][4][16 pixels]: vectors v and, where kTwo, v + 1 of a group. b0, b1: their copied columns.
+template <bool kTwo>
+[[gnu::noinline]] void multiply_pair(const int8_t* a, const uint8_t* b0, const uint8_t* b1, int64_t steps, int32_t* acc) {
+  constexpr int64_t kStride = kTileVectors * S::kLanes * 4;
+  Tiles::zero<0>(), Tiles::zero<1>(), Tiles::zero<2>(), Tiles::zero<3>();
+  for (int64_t s = 0; s < steps; s++, a += 2 * Tiles::kBytes, b0 += Tiles::kBytes, b1 += Tiles::kBytes) {
+    Tiles::load<4>(b0);
+    Tiles::load<6>(a);
+    Tiles::dot<0, 6, 4>();
+    Tiles::load<7>(a + Tiles::kBytes);
+    Tiles::dot<2, 7, 4>();
+    if constexpr (kTwo) {
+      Tiles::load<5>(b1);
+      Tiles::dot<1, 6, 5>();
+      Tiles::dot<3, 7, 5>();
+    }
+  }
+  Tiles::store<0>(acc, kStride);
+  Tiles::store<2>(acc + 16 * kTileVectors * S::kLanes, kStride);
+  if constexpr (kTwo) {
+    Tiles::store<1>(acc + S::kLanes, kStride);
+    Tiles::store<3>(acc + 16 * kTileVectors * S::kLanes + S::kLanes, kStride);
+  }
+}
+
+// Layers of up to 16 output channels: one tile of weights, four vectors.
+[[gnu::noinline]] void multiply_four(const int8_t* a, const uint8_t* b, int64_t vector_bytes, int vectors, int64_t steps,
+                                     int32_t* acc) {
+  constexpr int64_t kStride = kTileVectors * S::kLanes * 4;
+  auto at = [&](int v) { return b + (v < vectors ? v : vectors - 1) * vector_bytes; };
+  const uint8_t *b0 = at(0), *b1 = at(1), *b2 = at(2), *b3 = at(3);
+  Tiles::zero<0>(), Tiles::zero<1>(), Tiles::zero<2>(), Tiles::zero<3>();
+  for (int64_t s = 0; s < steps; s++) {
+    const int64_t step = s * Tiles::kBytes;
+    Tiles::load<6>(a + step);
+    Tiles::load<4>(b0 + step);
+    Tiles::dot<0, 6, 4>();
+    Tiles::load<5>(b1 + step);
+    Tiles::dot<1, 6, 5>();
+    Tiles::load<4>(b2 + step);
+    Tiles::dot<2, 6, 4>();
+    Tiles::load<5>(b3 + step);
+    Tiles::dot<3, 6, 5>();
+  }
+  Tiles::store<0>(acc, kStride), Tiles::store<1>(acc + S::kLanes, kStride);
+  Tiles::store<2>(acc + 2 * S::kLanes, kStride), Tiles::store<3>(acc + 3 * S::kLanes, kStride);
+}
+
+void run_tile_task(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t first_row,
+                   int64_t last_row, int64_t phase_row, TileMemory* memory) {
+  const TileWeight& t = static_cast<const TileWeight&>(*op.prepared);
+  const PackedWeight& w = *op.weight;
+  const int interleave = int(op.plan->interleave), block_o = int(w.block_o);
+  const int64_t vector_bytes = t.most_steps * Tiles::kBytes, phase_bytes = kTileVectors * vector_bytes;
+  uint8_t* const copies = tile_memory(interleave * phase_bytes);
+  alignas(64) int32_t acc[kMaxInterleave][kAccWords];
+  int64_t copied[kMaxInterleave];  // offsets of what lies in `copies`
+  for (int b = 0; b < interleave; b++) copied[b] = -1;
+  const Tiles::Scope scope(t.rows_m);
+
+  for (int64_t group = first_row / t.group_rows; group * t.group_rows < last_row; group++) {
+    const int64_t begin = group * t.group_rows, end = begin + t.group_rows < last_row ? begin + t.group_rows : last_row;
+    for (int b = 0; b < interleave; b++) {
+      const int64_t phase = phase_row * interleave + b;
+      const TileWeight::Group& g = t.at(phase, group);
+      uint8_t* const columns = copies + b * phase_bytes;
+      if (copied[b] != g.offsets) {
+        for (int v = 0; v < vectors; v++)
+          copy_columns(tile.x[v], t.offsets.data() + g.offsets, g.steps, columns + v * vector_bytes);
+        copied[b] = g.offsets;
+      }
+      const int8_t* a = t.tiles + g.tiles * Tiles::kBytes;
+      if (t.tiles_m == 1) {
+        multiply_four(a, columns, vector_bytes, vectors, g.steps, acc[b]);
+      } else {
+        for (int v = 0; v < vectors; v += 2) {
+          const uint8_t* b0 = columns + v * vector_bytes;
+          if (v + 1 < vectors)
+            multiply_pair<true>(a, b0, b0 + vector_bytes, g.steps, acc[b] + v * S::kLanes);
+          else
+            multiply_pair<false>(a, b0, b0, g.steps, acc[b] + v * S::kLanes);
+        }
+      }
+    }
+    for (int64_t row = begin; row < end; row++)
+      finish_tile<Int8>(op, split, tile, vectors, row, phase_row, memory, [&](int64_t phase) {
+        // from [channel][4 vectors] to the tile's [channel][vectors], with the start for the zero point
+        const int32_t* from = acc[phase - phase_row * interleave] + (row - begin) * block_o * kTileVectors * S::kLanes;
+        const int32_t* start = op.plan->init.empty() ? nullptr : op.plan->init.data() + (phase * w.rows + row) * block_o;
+        if (!start && vectors == kTileVectors) return from;
+        for (int r = 0; r < block_o; r++)
+          for (int v = 0; v < vectors; v++)
+            S::store(memory->acc + (r * vectors + v) * S::kLanes,
+                     S::add(S::load(from + (r * kTileVectors + v) * S::kLanes), S::set1(start ? start[r] : 0)));
+        return static_cast<const int32_t*>(memory->acc);
+      });
+  }
+}
+
+double measure_tile_peak() {
+  const Tiles::Scope scope(Tiles::kRows);
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
+  double seconds = 0;
+  int64_t rounds = 0;
+  while (seconds < 0.01) {
+    for (int i = 0; i < 1024; i++) Tiles::dot<0, 6, 4>(), Tiles::dot<1, 6, 5>(), Tiles::dot<2, 7, 4>(), Tiles::dot<3, 7, 5>();
+    rounds += 1024;
+    seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  }
+  return double(rounds) * 4 * 16 * 16 * 64 / seconds / 1e9;
+}
+
+#else
+
+std::unique_ptr<const Prepared> prepare(const GatherGemm&) { return nullptr; }
+
+#endif
+
 void run_task(const GatherGemm& op, const Split& split, int64_t task) {
   // strips of tiles; in a strip every (phase row, row group), then its tiles
   const int64_t rest = split.row_groups * split.phase_rows;
@@ -851,10 +1181,21 @@ void run_task(const GatherGemm& op, const Split& split, int64_t task) {
   find_columns(op, split, vectors, &tile);
   TileMemory memory;
   if (op.epilogue.sums) mark_real(tile, *op.plan, &memory);
+  if (op.source) {
+    find_lanes(op, *op.source, 1, op.upsample == 1 && op.shuffle == 1, tile, vectors, &tile.source);
+    tile.source.buffer = reinterpret_cast<const float*>(memory.acc);
+  }
+  if (op.epilogue.residual) {
+    find_lanes(op, *op.epilogue.residual, op.epilogue.residual_upsample, op.weight->in_order, tile, vectors, &tile.residual);
+    tile.residual.buffer = memory.residual;
+  }
+#if defined(__AMX_INT8__)
+  if (op.prepared) return run_tile_task(op, split, tile, vectors, first_row, last_row, phase_row, &memory);
+#endif
   for (int64_t row = first_row; row < last_row; row++) {
     if (op.source) {
       finish_tile<Float32>(op, split, tile, vectors, row, phase_row, &memory, [&](int64_t) {
-        load_rows(op, tile, vectors, row * op.weight->block_o, int(op.weight->block_o), memory.acc);
+        if (!tile.source.direct) load_rows(op, tile, vectors, row * op.weight->block_o, int(op.weight->block_o), memory.acc);
         return memory.acc;
       });
       continue;
@@ -983,7 +1324,11 @@ double measure_dot_peak() {
 double dot_peak(Format format) {
   switch (format) {
     case Format::kInt8:
+#if defined(__AMX_INT8__)
+      return measure_tile_peak();
+#else
       return measure_dot_peak<Int8>();
+#endif
     case Format::kBFloat16:
       return measure_dot_peak<BFloat16>();
     case Format::kFloat32:
@@ -992,7 +1337,7 @@ double dot_peak(Format format) {
   return 0;
 }
 
-constexpr Kernels kTable{SPARSEGAN_ISA, S::kLanes, make_split, run_task, pack_line, below, dot_peak};
+constexpr Kernels kTable{SPARSEGAN_ISA, S::kLanes, prepare, make_split, run_task, pack_line, below, dot_peak};
 
 }  // namespace
 

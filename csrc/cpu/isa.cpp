@@ -2,6 +2,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include <atomic>
@@ -12,6 +16,21 @@ namespace sparsegan {
 namespace {
 
 std::atomic<const Kernels*> forced{nullptr};
+
+#if defined(__x86_64__)
+// Whether the CPU has the matrix unit, and the system lets this process use it.
+bool has_amx() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr unsigned kTileAndInt8 = 3u << 24;  // leaf 7, EDX
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTileAndInt8) == kTileAndInt8 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 const Kernels* find(const std::string& name, const char* asked_by) {
   std::string names;
@@ -33,9 +52,11 @@ const std::vector<const Kernels*>& available_kernels() {
       if (cpu_has_it && kernels) found.push_back(kernels);
     };
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    add(avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"),
-        avx512_vnni_kernels());
+    const bool avx512_vnni = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                             __builtin_cpu_supports("avx512vnni");
+    add(avx512_vnni && has_amx(), avx512_amx_kernels());
+    add(avx512_vnni, avx512_vnni_kernels());
     // older compilers do not know "avxvnni": leaf 7, subleaf 1, EAX bit 4
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     const bool avx_vnni = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);

@@ -141,6 +141,7 @@ Tensor run_layers(const Tensor& x, bool x_is_rows, const std::vector<LayerCall>&
   check_dim(x, x_is_rows ? 2 : 4, op, "x");
   ProgramSpec spec;
   spec.inputs = spec.outputs = 1;
+  spec.prepare = false;
   StepSpec import;
   import.pointwise = true;
   import.x = ~0;

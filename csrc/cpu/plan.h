@@ -32,6 +32,7 @@ struct LaneLayout {
   // Lane of plane 0 at real pixel (y, x); ring pixels have y, x outside [0, height) x [0, width).
   int64_t at(int64_t n, int64_t y, int64_t x) const {
     const int64_t r = y + top, c = x + left;
+    if (phases_h == 1 && phases_w == 1) return n * image_stride + r * row_stride + c;  // divisions are slow
     return n * image_stride + ((r % phases_h) * phases_w + c % phases_w) * phase_stride + (r / phases_h) * row_stride +
            c / phases_w;
   }

@@ -103,6 +103,7 @@ Source tensor_source(const InputTensor& x) {
   Source s;
   s.data = reinterpret_cast<const uint8_t*>(x.data);
   s.layout = tensor_layout(x);
+  s.tensor = true;
   s.col_stride = x.w == 1 ? 1 : x.stride_w;
   return s;
 }
@@ -123,6 +124,7 @@ struct Buffer {
 
 struct StepPlan {
   Plan plan;
+  std::unique_ptr<const Prepared> prepared;
   Split split;
   int64_t channels = 0, h = 0, w = 0;  // of the result
   bool per_image = false;
@@ -306,7 +308,8 @@ std::shared_ptr<const ProgramPlan> Program::make_program_plan(const std::vector<
       sp.channels = step.layer.weight.out_channels;
       need(step.demodulation < 0 || (inputs[step.demodulation].n == p.n && inputs[step.demodulation].c == sp.channels), i,
            "the demodulation is not [N, channels]");
-      sp.mirror = spec_.slots[step.x].padding != Padding::kZeros && readers[step.x].size() == 1;
+      sp.mirror = spec_.slots[step.x].padding != Padding::kZeros && (step.layer.padding_h > 0 || step.layer.padding_w > 0) &&
+                  readers[step.x].size() == 1;
     }
     if (step.has_residual) {
       int64_t rc, rh, rw, rn = p.n;
@@ -366,14 +369,16 @@ std::shared_ptr<const ProgramPlan> Program::make_program_plan(const std::vector<
     else if (slot.planar)
       fail("a slot that is viewed cannot be read by a gather-GEMM, too");
     const LaneLayout& l = slot.layout;
-    for (size_t reader : readers[s])
-      if (spec.padding != Padding::kZeros && !l.batch_in_cols && !p.steps[reader].plan.pixels) {
-        const Layer& layer = spec_.steps[reader].layer;
+    for (size_t reader : readers[s]) {
+      const Layer& layer = spec_.steps[reader].layer;
+      if (spec.padding == Padding::kZeros || (layer.padding_h == 0 && layer.padding_w == 0)) continue;
+      if (!l.batch_in_cols && !p.steps[reader].plan.pixels) {
         const bool fits = spec.padding == Padding::kReplicate || (layer.padding_h < slot.h && layer.padding_w < slot.w);
         if (layer.transposed || !fits) fail("reflected padding must be smaller than the image, and before a convolution");
-      } else if (spec.padding != Padding::kZeros) {
+      } else {
         fail("an image of one pixel has nothing to mirror around it");
       }
+    }
   }
 
   // Splits and extra buffers.
@@ -387,7 +392,7 @@ std::shared_ptr<const ProgramPlan> Program::make_program_plan(const std::vector<
       sp.import = step.x < 0 && step.stores.size() == 1 && store.slot >= 0 && store.channel == 0 &&
                   sp.channels == spec_.slots[store.slot].channels && !store.scale && store.activation == Activation::kNone &&
                   store.modulation < 0 && step.upsample == 1 && step.shuffle == 1 && step.activation == Activation::kNone &&
-                  !step.has_residual && !step.stats;
+                  step.post_activation == Activation::kNone && !step.has_residual && !step.stats;
       // the rows of a pointwise step follow from its channels
       if (rows.weight.out_channels != sp.channels) {
         if (rows.weight.out_channels) fail("the number of channels of a pointwise step changed");
@@ -433,6 +438,8 @@ std::shared_ptr<const ProgramPlan> Program::make_program_plan(const std::vector<
       sp.factors.push_back(store.modulation < 0 ? -1 : buffer(p.n * (count + kPadding), i));
     }
     op.epilogue.store_count = int(step.stores.size());
+    if (spec_.prepare) sp.prepared = p.kernels->prepare(op);
+    op.prepared = sp.prepared.get();
     sp.split = p.kernels->split(op, threads);
     if (step.norm_groups || step.demodulation >= 0) sp.scales = buffer(p.n * 2 * (count + kPadding), i);
     if (step.stats) {
@@ -518,6 +525,7 @@ void Program::run_step(const ProgramPlan& p, size_t index, const std::vector<Inp
   op.weight = &w;
   op.plan = &sp.plan;
   op.per_image = sp.per_image;
+  op.prepared = sp.prepared.get();
   Source source, residual;
   if (!step.pointwise) {
     op.in = memory + p.slots[step.x].offset;

@@ -64,6 +64,7 @@ struct ProgramSpec {
   std::vector<SlotSpec> slots;
   std::vector<StepSpec> steps;
   int64_t inputs = 0, outputs = 0;
+  bool prepare = true;  // weights may be laid out anew for the instruction set, which pays when a plan is used often
 };
 
 // float32 [n, c, h, w] with strides in elements; h = w = 1 for rows [n, c].

@@ -1,5 +1,7 @@
 """A convolutional variational auto-encoder for 32x32 images (Kingma and Welling 2014, arXiv:1312.6114)."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 
@@ -16,21 +18,31 @@ def _encoder(latent: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 4 * 4, 2 * latent))
 
 
-def _decoder(latent: int) -> nn.Sequential:
-    channels = 192
+def vae_decoder(
+    latent: int = 16,
+    channels: int = 192,
+    side: int = 4,
+    widths: Sequence[int] = (128, 64, 64),
+    image_channels: int = 1,
+) -> nn.Sequential:
+    """Decoder from codes [N, latent] to images [N, image_channels, S, S] in [-1, 1].
+
+    A linear layer makes a map of `channels` and `side`, each transposed convolution of `widths` doubles it:
+    S = side * 2 ** len(widths). The defaults are the decoder of the shipped "vae" weights (32x32 images).
+    """
     layers: list[nn.Module] = [
-        nn.Linear(latent, channels * 4 * 4),
+        nn.Linear(latent, channels * side * side),
         nn.ReLU(inplace=True),
-        nn.Unflatten(1, (channels, 4, 4)),
+        nn.Unflatten(1, (channels, side, side)),
     ]
-    for width in (128, 64, 64):
+    for width in widths:
         layers += [
             nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
         ]
         channels = width
-    return nn.Sequential(*layers, nn.Conv2d(channels, 1, 3, padding=1), nn.Tanh())
+    return nn.Sequential(*layers, nn.Conv2d(channels, image_channels, 3, padding=1), nn.Tanh())
 
 
 def _prior(latent: int) -> nn.Sequential:
@@ -57,7 +69,7 @@ class ConvVAE(nn.Module):
         super().__init__()
         self.latent = latent
         self.encoder = _encoder(latent)
-        self.decoder = _decoder(latent)
+        self.decoder = vae_decoder(latent)
         self.prior = _prior(latent)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:

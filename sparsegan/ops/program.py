@@ -347,6 +347,7 @@ def _stored(w: Tensor, slot: Slot, prescaled: bool) -> Tensor:
 # The first channel of a store: lanes are not split between steps.
 _ALIGNMENT = {"u8": 4, "bf16": 2, "f32": 1}
 _WEIGHTS = {torch.int8: "u8", torch.bfloat16: "bf16", torch.float32: "f32"}
+MAX_STORES = 4  # of one step
 _HOMOGENEOUS = ("none", "relu", "leaky_relu")
 _LARGEST_EXTENT = 65535
 
@@ -499,6 +500,7 @@ def validate(program: Program) -> None:
         check_act(step.act, where)
         check_act(step.post_act, where)
         need(len(step.stores) > 0, where, "store its result")
+        need(len(step.stores) <= MAX_STORES, where, f"store at most {MAX_STORES} times, got {len(step.stores)}")
         for store in step.stores:
             check_affine(store.affine, wide, where)
             check_act(store.act, where)

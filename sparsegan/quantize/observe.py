@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+# What is told of a value that was computed: its name and itself.
+See: TypeAlias = Callable[[str, Tensor], None]
 
 # Bins of the percentile histogram: 64 to each of the 256 levels that the range is cut into afterwards.
 _BINS = 64 * 256
@@ -29,10 +32,6 @@ def calibrate(
     Raises ValueError for a model in training mode, an unknown layer, no data, a layer that the batches never
     reach or whose input is NaN or infinite, and an unknown method or percentile.
     """
-    if method not in ("minmax", "percentile"):
-        raise ValueError(f"method must be 'minmax' or 'percentile', got {method!r}")
-    if not 50 < percentile <= 100:
-        raise ValueError(f"percentile must lie in (50, 100], got {percentile}")
     if model.training:
         raise ValueError("calibration needs the model as it will be used: call model.eval() first")
     known = dict(model.named_modules(remove_duplicate=False))
@@ -43,6 +42,26 @@ def calibrate(
         raise ValueError("no calibration data: give at least one batch")
     watched = {name: known[name] for name in layers}
 
+    def run(see: See) -> None:
+        _run(model, runs, watched, see)
+
+    return observed_ranges(run, layers, method, percentile)
+
+
+def observed_ranges(
+    run: Callable[[See], None],
+    names: Sequence[str],
+    method: Literal["minmax", "percentile"],
+    percentile: float,
+) -> dict[str, tuple[float, float]]:
+    """The ranges of named values: `run(see)` computes them all and calls `see(name, value)` for each.
+
+    method, percentile and errors: see `calibrate`.
+    """
+    if method not in ("minmax", "percentile"):
+        raise ValueError(f"method must be 'minmax' or 'percentile', got {method!r}")
+    if not 50 < percentile <= 100:
+        raise ValueError(f"percentile must lie in (50, 100], got {percentile}")
     ranges: dict[str, tuple[float, float]] = {}
 
     def widen(name: str, x: Tensor) -> None:
@@ -52,28 +71,28 @@ def calibrate(
         before = ranges.get(name, (low, high))
         ranges[name] = min(before[0], low), max(before[1], high)
 
-    _run(model, runs, watched, widen)
-    if missed := [name for name in layers if name not in ranges]:
+    run(widen)
+    if missed := [name for name in names if name not in ranges]:
         raise ValueError(f"no calibration data reached the layer {', '.join(map(repr, missed))}")
     if method == "minmax":
         return ranges
 
-    counts = {name: torch.zeros(_BINS, dtype=torch.float64) for name in layers}
+    counts = {name: torch.zeros(_BINS, dtype=torch.float64) for name in names}
 
     def count(name: str, x: Tensor) -> None:
         low, high = ranges[name]
         if low < high:
             counts[name] += torch.histc(x.float().cpu(), _BINS, low, high)
 
-    _run(model, runs, watched, count)
-    return {name: _cut(counts[name], *ranges[name], 1 - percentile / 100) for name in layers}
+    run(count)
+    return {name: _cut(counts[name], *ranges[name], 1 - percentile / 100) for name in names}
 
 
 def _run(
     model: nn.Module,
     runs: Sequence[tuple[Any, ...]],
     layers: Mapping[str, nn.Module],
-    see: Callable[[str, Tensor], None],
+    see: See,
 ) -> None:
     """Run the batches; `see(name, input)` is called whenever something enters one of the layers."""
 

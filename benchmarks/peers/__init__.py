@@ -1,0 +1,1 @@
+"""sparsegan beside what a user would run instead: `make bench-peers`, or `python -m benchmarks.peers`."""
