@@ -22,7 +22,7 @@ ISA_FLAGS = {
     "_avx2.cpp": AVX2,
     "_avx2_vnni.cpp": [*AVX2, "-mavxvnni"],
     "_avx512_vnni.cpp": AVX512,
-    "_avx512_amx.cpp": [*AVX512, "-mamx-tile", "-mamx-int8"],
+    "_avx512_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8"],
 }
 COMPILE_FLAGS = [
     "-std=c++20",

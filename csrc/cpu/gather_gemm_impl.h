@@ -253,6 +253,7 @@ void load_shuffled(const Source& s, int64_t channel, int64_t n, int64_t y, int64
 struct Reader {
   const Source* source = nullptr;
   bool direct = false;
+  bool twice = false;             // direct: every pixel is read two times
   int64_t lane[kMaxV];            // direct: of each vector, in a plane
   const float* buffer = nullptr;  // [block_o][vectors][lanes]
 
@@ -264,7 +265,11 @@ struct Reader {
     }
     const LaneLayout& l = source->layout;
     const uint8_t* const data = source->data + 4 * lane[v];
-    auto plane = [&](int64_t p) { return S::load(data + 4 * p * l.plane_stride); };
+    auto plane = [&](int64_t p) {
+      S::I lo = S::load(data + 4 * p * l.plane_stride), hi;
+      if (twice) S::interleave(lo, lo, &lo, &hi);
+      return lo;
+    };
     auto dequantized = [&](S::I q) {
       return S::mul(S::to_float(S::add(S::bit_and(q, S::set1(255)), S::set1(-source->zero))), S::set1(source->scale));
     };
@@ -434,11 +439,10 @@ void finish_rows(const Epilogue& e, const RowTile& tile, int block_o, int vector
       }
       for (int s = 0; s < e.store_count; s++) store_rows(e.stores[s], tile.whole_lanes[s], tile, i, v, tile.target[s], y);
     }
-    if (tile.sums)
-      for (int j = 0; j < 4; j++) {
-        tile.sums[4 * i + j] += S::sum(sum[j]);
-        tile.squares[4 * i + j] += S::sum(square[j]);
-      }
+    if (tile.sums) {
+      S::add_sums(sum, tile.sums + 4 * i);
+      S::add_sums(square, tile.squares + 4 * i);
+    }
   }
 }
 
@@ -627,13 +631,15 @@ void find_lanes(const GatherGemm& op, const Source& source, int upsample, bool w
   const Plan& plan = *op.plan;
   const LaneLayout& l = source.layout;
   reader->source = &source;
+  reader->twice = upsample == 2 && plan.step_w == 1 && !source.tensor;
   reader->direct = whole && tile.count == vectors && source.col_stride == 1 && l.phases_w == 1 && !plan.in.batch_in_cols &&
-                   upsample == plan.step_w && plan.step_w == plan.interleave;
+                   (reader->twice || (upsample == plan.step_w && plan.step_w == plan.interleave));
   for (int v = 0; reader->direct && v < vectors; v++) {
     const Segment& s = tile.segments[v];
     // Slots can be read past their end; tensors cannot, and the last vector of a row may be short.
     reader->direct &=
         s.tile_word == int64_t(v) * S::kLanes * plan.interleave && (!source.tensor || s.count >= S::kLanes * plan.interleave);
+    reader->direct &= !reader->twice || s.x % 2 == 0;
     reader->lane[v] = l.at(s.n, s.y / upsample, s.x / upsample);
   }
 }
@@ -653,6 +659,15 @@ void scatter(const int32_t* words, const TilePixels& tile, const Plan& plan, con
       int64_t j = 0;
       for (; j + S::kLanes <= s.count; j += S::kLanes) S::store(to + j, S::load(from + j));
       if (j < s.count) S::store_partial(to + j, S::load(from + j), int(s.count - j));
+    } else if (split_phases && step == 1) {
+      // every phases_w-th word goes to the same phase, side by side
+      for (int64_t k = 0; k < out.phases_w && k < s.count; k++) {
+        uint8_t* const to = plane + 4 * out.at(s.n, s.y, s.x + k);
+        for (int64_t j = 0; k + j * out.phases_w < s.count; j++) {
+          const Word word = Word(from[k + j * out.phases_w]);
+          std::memcpy(to + 4 * j, &word, sizeof(Word));
+        }
+      }
     } else {
       for (int64_t j = 0; j < s.count; j++) {
         const int64_t lane = split_phases ? out.at(s.n, s.y, s.x + j * step) : first + j * step;
@@ -919,6 +934,9 @@ void run_single_pixel(const GatherGemm& op, const TilePixels& tile, int vectors,
 
 constexpr int kGroupRows = kPreparedRows;  // output channels of a group
 constexpr int kTileVectors = kPreparedV;   // of pixels
+// Of shared columns this many steps are copied at once: 4 vectors of them, and the weights of a group, stay in L1 (36 of 48 KiB)
+// while all groups pass.
+constexpr int64_t kStepsInL1 = 6;
 constexpr int kAccWords = kGroupRows * kTileVectors * S::kLanes;
 
 struct TileWeight : Prepared {
@@ -932,6 +950,7 @@ struct TileWeight : Prepared {
   int64_t group_rows = 0;  // packed rows a group
   int64_t groups = 0;
   int64_t most_steps = 0;
+  bool shared = false;           // all groups use the same columns
   std::vector<Group> by_phase;   // [phases][groups]
   std::vector<int32_t> offsets;  // bytes, as in Plan; the last step is filled up with a column whose weights are zero
   std::vector<int8_t> bytes;
@@ -985,7 +1004,8 @@ std::unique_ptr<const Prepared> prepare(const GatherGemm& op) {
     together += double(ceil_div(int64_t(shared[p].size()), 16)) * 4 * (t.groups * t.tiles_m * product + kCopyCycles);
   }
   if (vectors < apart && vectors < together) return nullptr;
-  if (together <= apart)
+  t.shared = together <= apart;
+  if (t.shared)
     for (int64_t i = 0; i < phases * t.groups; i++) used[i] = shared[i / t.groups];
 
   int64_t tiles = 0;
@@ -1025,7 +1045,7 @@ std::unique_ptr<const Prepared> prepare(const GatherGemm& op) {
   return made;
 }
 
-// Copies of columns: [vector][step] tiles.
+// Memory of a thread for the accumulators of a task, and for copies of columns: [vector][step] tiles.
 uint8_t* tile_memory(int64_t bytes) {
   thread_local std::vector<uint8_t> memory;
   if (int64_t(memory.size()) < bytes + 64) memory.resize(bytes + 64);
@@ -1040,9 +1060,19 @@ void copy_columns(const uint8_t* x, const int32_t* offsets, int64_t steps, uint8
 
 // acc [32][4][16 pixels]: vectors v and, where kTwo, v + 1 of a group. b0, b1: their copied columns.
 template <bool kTwo>
-[[gnu::noinline]] void multiply_pair(const int8_t* a, const uint8_t* b0, const uint8_t* b1, int64_t steps, int32_t* acc) {
+[[gnu::noinline]] void multiply_pair(const int8_t* a, const uint8_t* b0, const uint8_t* b1, int64_t steps, bool accumulate,
+                                     int32_t* acc) {
   constexpr int64_t kStride = kTileVectors * S::kLanes * 4;
-  Tiles::zero<0>(), Tiles::zero<1>(), Tiles::zero<2>(), Tiles::zero<3>();
+  if (accumulate) {
+    Tiles::load<0>(acc, kStride);
+    Tiles::load<2>(acc + 16 * kTileVectors * S::kLanes, kStride);
+    if constexpr (kTwo) {
+      Tiles::load<1>(acc + S::kLanes, kStride);
+      Tiles::load<3>(acc + 16 * kTileVectors * S::kLanes + S::kLanes, kStride);
+    }
+  } else {
+    Tiles::zero<0>(), Tiles::zero<1>(), Tiles::zero<2>(), Tiles::zero<3>();
+  }
   for (int64_t s = 0; s < steps; s++, a += 2 * Tiles::kBytes, b0 += Tiles::kBytes, b1 += Tiles::kBytes) {
     Tiles::load<4>(b0);
     Tiles::load<6>(a);
@@ -1091,50 +1121,64 @@ void run_tile_task(const GatherGemm& op, const Split& split, const TilePixels& t
   const TileWeight& t = static_cast<const TileWeight&>(*op.prepared);
   const PackedWeight& w = *op.weight;
   const int interleave = int(op.plan->interleave), block_o = int(w.block_o);
-  const int64_t vector_bytes = t.most_steps * Tiles::kBytes, phase_bytes = kTileVectors * vector_bytes;
-  uint8_t* const copies = tile_memory(interleave * phase_bytes);
-  alignas(64) int32_t acc[kMaxInterleave][kAccWords];
-  int64_t copied[kMaxInterleave];  // offsets of what lies in `copies`
-  for (int b = 0; b < interleave; b++) copied[b] = -1;
-  const Tiles::Scope scope(t.rows_m);
+  const int64_t first_group = first_row / t.group_rows, last_group = ceil_div(last_row, t.group_rows);
+  const int64_t most_steps = t.shared && t.tiles_m == 2 ? kStepsInL1 : t.most_steps;
+  const int64_t vector_bytes = most_steps * Tiles::kBytes, groups = last_group - first_group;
+  const int64_t acc_bytes = interleave * groups * kAccWords * 4;
+  uint8_t* const thread_memory = tile_memory(acc_bytes + kTileVectors * vector_bytes);
+  int32_t* const sums = reinterpret_cast<int32_t*>(thread_memory);  // [phase][group][kAccWords]
+  uint8_t* const copies = thread_memory + acc_bytes;
+  auto sums_of = [&](int64_t b, int64_t group) { return sums + (b * groups + group - first_group) * kAccWords; };
 
-  for (int64_t group = first_row / t.group_rows; group * t.group_rows < last_row; group++) {
-    const int64_t begin = group * t.group_rows, end = begin + t.group_rows < last_row ? begin + t.group_rows : last_row;
+  {
+    const Tiles::Scope scope(t.rows_m);
     for (int b = 0; b < interleave; b++) {
       const int64_t phase = phase_row * interleave + b;
-      const TileWeight::Group& g = t.at(phase, group);
-      uint8_t* const columns = copies + b * phase_bytes;
-      if (copied[b] != g.offsets) {
+      auto copy = [&](const TileWeight::Group& g, int64_t begin, int64_t end) {
         for (int v = 0; v < vectors; v++)
-          copy_columns(tile.x[v], t.offsets.data() + g.offsets, g.steps, columns + v * vector_bytes);
-        copied[b] = g.offsets;
-      }
-      const int8_t* a = t.tiles + g.tiles * Tiles::kBytes;
-      if (t.tiles_m == 1) {
-        multiply_four(a, columns, vector_bytes, vectors, g.steps, acc[b]);
-      } else {
+          copy_columns(tile.x[v], t.offsets.data() + g.offsets + begin * 16, end - begin, copies + v * vector_bytes);
+      };
+      auto multiply = [&](int64_t group, int64_t begin, int64_t end) {
+        const int8_t* a = t.tiles + (t.at(phase, group).tiles + begin * t.tiles_m) * Tiles::kBytes;
+        int32_t* acc = sums_of(b, group);
+        if (t.tiles_m == 1) return multiply_four(a, copies, vector_bytes, vectors, end - begin, acc);
         for (int v = 0; v < vectors; v += 2) {
-          const uint8_t* b0 = columns + v * vector_bytes;
+          const uint8_t* b0 = copies + v * vector_bytes;
           if (v + 1 < vectors)
-            multiply_pair<true>(a, b0, b0 + vector_bytes, g.steps, acc[b] + v * S::kLanes);
+            multiply_pair<true>(a, b0, b0 + vector_bytes, end - begin, begin > 0, acc + v * S::kLanes);
           else
-            multiply_pair<false>(a, b0, b0, g.steps, acc[b] + v * S::kLanes);
+            multiply_pair<false>(a, b0, b0, end - begin, begin > 0, acc + v * S::kLanes);
+        }
+      };
+      if (t.shared) {
+        const TileWeight::Group& g = t.at(phase, 0);
+        for (int64_t begin = 0; begin == 0 || begin < g.steps; begin += most_steps) {
+          const int64_t end = begin + most_steps < g.steps ? begin + most_steps : g.steps;
+          copy(g, begin, end);
+          for (int64_t group = first_group; group < last_group; group++) multiply(group, begin, end);
+        }
+      } else {
+        for (int64_t group = first_group; group < last_group; group++) {
+          copy(t.at(phase, group), 0, t.at(phase, group).steps);
+          multiply(group, 0, t.at(phase, group).steps);
         }
       }
     }
-    for (int64_t row = begin; row < end; row++)
-      finish_tile<Int8>(op, split, tile, vectors, row, phase_row, memory, [&](int64_t phase) {
-        // from [channel][4 vectors] to the tile's [channel][vectors], with the start for the zero point
-        const int32_t* from = acc[phase - phase_row * interleave] + (row - begin) * block_o * kTileVectors * S::kLanes;
-        const int32_t* start = op.plan->init.empty() ? nullptr : op.plan->init.data() + (phase * w.rows + row) * block_o;
-        if (!start && vectors == kTileVectors) return from;
-        for (int r = 0; r < block_o; r++)
-          for (int v = 0; v < vectors; v++)
-            S::store(memory->acc + (r * vectors + v) * S::kLanes,
-                     S::add(S::load(from + (r * kTileVectors + v) * S::kLanes), S::set1(start ? start[r] : 0)));
-        return static_cast<const int32_t*>(memory->acc);
-      });
   }
+
+  for (int64_t row = first_row; row < last_row; row++)
+    finish_tile<Int8>(op, split, tile, vectors, row, phase_row, memory, [&](int64_t phase) {
+      // from [channel][4 vectors] to the tile's [channel][vectors], with the start for the zero point
+      const int32_t* from =
+          sums_of(phase - phase_row * interleave, row / t.group_rows) + row % t.group_rows * block_o * kTileVectors * S::kLanes;
+      const int32_t* start = op.plan->init.empty() ? nullptr : op.plan->init.data() + (phase * w.rows + row) * block_o;
+      if (!start && vectors == kTileVectors) return from;
+      for (int r = 0; r < block_o; r++)
+        for (int v = 0; v < vectors; v++)
+          S::store(memory->acc + (r * vectors + v) * S::kLanes,
+                   S::add(S::load(from + (r * kTileVectors + v) * S::kLanes), S::set1(start ? start[r] : 0)));
+      return static_cast<const int32_t*>(memory->acc);
+    });
 }
 
 double measure_tile_peak() {

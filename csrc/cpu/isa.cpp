@@ -18,13 +18,14 @@ namespace {
 std::atomic<const Kernels*> forced{nullptr};
 
 #if defined(__x86_64__)
-// Whether the CPU has the matrix unit, and the system lets this process use it.
+// Whether the CPU has the matrix unit and bf16 conversions, and the system lets this process use it.
 bool has_amx() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr unsigned kTileAndInt8 = 3u << 24;  // leaf 7, EDX
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTileAndInt8) == kTileAndInt8 &&
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kTileAndInt8) != kTileAndInt8) return false;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1) &&  // AVX512-BF16
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;

@@ -61,7 +61,15 @@ struct Simd {
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F select_lt(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
-  static float sum(F a) { return _mm512_reduce_add_ps(a); }
+  // Adds the lanes of each of four vectors to to[0..3].
+  static void add_sums(const F (&v)[4], float* to) {
+    auto halves = [](F a, F b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+    const __m512d ab = _mm512_castps_pd(halves(v[0], v[1])), cd = _mm512_castps_pd(halves(v[2], v[3]));
+    const F all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), four));
+  }
   static I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
   static I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
   template <int kBits>
@@ -183,10 +191,10 @@ struct Simd {
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F select_lt(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
-  static float sum(F a) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  static void add_sums(const F (&v)[4], float* to) {
+    const F all = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), four));
   }
   static I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
   static I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
@@ -292,10 +300,9 @@ struct Simd {
   static F min(F a, F b) { return as_f(((a < b) & as_i(a)) | (~(a < b) & as_i(b))); }
   static F select_lt(F a, F b, F yes, F no) { return as_f(((a < b) & as_i(yes)) | (~(a < b) & as_i(no))); }
   static I add(I a, I b) { return a + b; }
-  static float sum(F a) {
-    float total = 0;
-    for (int i = 0; i < kLanes; i++) total += a[i];
-    return total;
+  static void add_sums(const F (&v)[4], float* to) {
+    for (int j = 0; j < 4; j++)
+      for (int i = 0; i < kLanes; i++) to[j] += v[j][i];
   }
   static I bit_and(I a, I b) { return a & b; }
   static I bit_or(I a, I b) { return a | b; }
@@ -406,6 +413,11 @@ inline Simd::I simd_quantize(Simd::F x, float inv_scale) { return simd_round(Sim
 // Two channels rounded to bf16 (nearest even) into one lane. Infinities and quiet NaNs are cut off, which keeps them: adding
 // the rounding bit to a NaN could overflow it into a number.
 inline Simd::I simd_pack_bf16(Simd::F lo, Simd::F hi) {
+#if defined(__AVX512BF16__)
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                         19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(hi, lo));
+#else
   using S = Simd;
   auto round = [](S::F v) {
     const S::I bits = S::as_i(v);
@@ -415,6 +427,7 @@ inline Simd::I simd_pack_bf16(Simd::F lo, Simd::F hi) {
     return S::as_i(S::select_lt(magnitude, S::set1(INFINITY), rounded, v));
   };
   return S::bit_or(S::shift_right<16>(round(lo)), S::bit_and(round(hi), S::set1(int32_t(0xFFFF0000))));
+#endif
 }
 
 }  // namespace
