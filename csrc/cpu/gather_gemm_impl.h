@@ -206,7 +206,7 @@ void load_run(const Source& s, int64_t channel, int64_t n, int64_t y, int64_t x,
     for (; j + S::kLanes <= count; j += S::kLanes) S::store(to + j, S::as_i(decode(S::load(from + 4 * j))));
     if (j < count) {
       // the last word of a slot may be read past its end, that of a tensor has no bytes behind it
-      const S::I words = S::as_i(S::load_partial(reinterpret_cast<const float*>(from + 4 * j), int(count - j)));
+      const S::I words = S::as_i(S::load_partial(from + 4 * j, int(count - j)));
       S::store_partial(to + j, S::as_i(decode(words)), int(count - j));
     }
     return;

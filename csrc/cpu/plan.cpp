@@ -111,7 +111,7 @@ void output_size(const Layer& layer, int64_t h, int64_t w, int64_t* out_h, int64
                                 " pixels; the image must be at least as large as the kernel");
 }
 
-Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, int vector_lanes, bool per_image) {
+Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, int vector_lanes, bool per_image, bool ring) {
   Plan plan;
   output_size(layer, h, w, &plan.out_h, &plan.out_w);
   const Format format = layer.weight.format;
@@ -136,7 +136,7 @@ Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, i
   std::vector<int64_t> tap_lane(taps, 0);  // lanes from raster pixel (0, 0) to the pixel that the tap reads
 
   const bool batch_in_cols = !per_image && (n >= vector_lanes / 2 || format != Format::kInt8);
-  if (h == 1 && w == 1 && (batch_in_cols || format == Format::kInt8)) {
+  if (h == 1 && w == 1 && !ring && (batch_in_cols || format == Format::kInt8)) {
     // Images of one pixel: an output pixel has at most one tap that is not padding, so every output pixel is a phase of its
     // own, without a multiplication by the ring. A large batch is the raster then; a small one would leave most lanes empty,
     // so its vectors run over the output pixels (int8, where a weight word is a whole row of a block).

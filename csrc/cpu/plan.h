@@ -67,9 +67,10 @@ struct Plan {
 // Output size of the layer; throws std::invalid_argument when there is no output pixel.
 void output_size(const Layer& layer, int64_t h, int64_t w, int64_t* out_h, int64_t* out_w);
 
-// per_image: images must not share vectors, because what follows differs from image to image.
-// Throws std::invalid_argument when there is no output pixel, and when one packed image exceeds the 2 GiB of its offsets.
-Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, int vector_lanes, bool per_image);
+// per_image: images must not share vectors, because what follows differs from image to image. ring: what stands around the image
+// is not the zero point, so that it counts. Throws std::invalid_argument when there is no output pixel, and when one packed image
+// exceeds the 2 GiB of its offsets.
+Plan make_plan(const Layer& layer, int64_t n, int64_t c, int64_t h, int64_t w, int vector_lanes, bool per_image, bool ring);
 
 // A slot that no gather-GEMM reads: by rows, no ring.
 LaneLayout plain_layout(Format format, int64_t n, int64_t c, int64_t h, int64_t w);

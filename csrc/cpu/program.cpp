@@ -23,9 +23,13 @@ constexpr int64_t kMaxThreads = 64;  // shares live on the stack; layers of gene
 constexpr int64_t kLinesPerTask = 4;
 constexpr size_t kMostPlans = 8;  // shapes of inputs that are remembered
 constexpr int64_t kPointwiseRows = 8;
+constexpr int64_t kMostLanes = int64_t(1) << 40;  // of a slot
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t line_tasks(int64_t lines) { return ceil_div(lines, kLinesPerTask); }
+
+// In floating point, since the product of three sizes may overflow; exact below 2^53.
+double elements(int64_t c, int64_t h, int64_t w) { return double(c) * double(h) * double(w); }
 
 [[noreturn]] void fail(const std::string& text) { throw std::invalid_argument(text); }
 void need(bool ok, size_t step, const char* text) {
@@ -195,7 +199,8 @@ Program::Program(ProgramSpec spec) : spec_(std::move(spec)) {
       need(step.x < 0 || spec_.slots[step.x].format == Format::kFloat32 || !step.view[0], i, "only an f32 slot can be viewed");
       need(step.upsample >= 1 && step.shuffle >= 1 && (step.upsample == 1 || step.shuffle == 1), i,
            "upsample or shuffle below 1");
-      need(!step.norm_groups || (step.x >= 0 && has_stats[step.x] && !step.view[0]), i, "a norm of a slot without sums");
+      need(!step.norm_groups || (step.x >= 0 && has_stats[step.x] && !step.view[0] && step.shuffle == 1), i,
+           "a norm of a slot without sums");
     } else {
       need(readable(step.x), i, "x is no slot that was stored");
       need(step.layer.weight.format == spec_.slots[step.x].format, i, "the weight has another format than the slot");
@@ -266,6 +271,9 @@ std::shared_ptr<const ProgramPlan> Program::make_program_plan(const std::vector<
   for (const InputTensor& x : inputs) p.n = std::max(p.n, x.n);
   if (!inputs.empty() && std::any_of(inputs.begin(), inputs.end(), [](const InputTensor& x) { return x.n == 0; })) p.n = 0;
 
+  for (const InputTensor& x : inputs)
+    if (x.c < 1 || x.h < 1 || x.w < 1) fail("an input without channels or pixels");
+
   // Sizes of everything, and who uses which slot when.
   auto use = [&](int64_t slot, size_t step) {
     SlotPlan& s = p.slots[slot];
@@ -280,7 +288,7 @@ std::shared_ptr<const ProgramPlan> Program::make_program_plan(const std::vector<
     if (step.x < 0) {
       const InputTensor& x = inputs[~step.x];
       const InputTensor v = viewed(x, step.view);
-      need(x.c * x.h * x.w == v.c * v.h * v.w, i, "the view has another number of elements than the input");
+      need(elements(x.c, x.h, x.w) == elements(v.c, v.h, v.w), i, "the view has another number of elements than the input");
       need(!step.view[0] ||
                ((x.w == 1 || x.stride_w == 1) && (x.h == 1 || x.stride_h == x.w) && (x.c == 1 || x.stride_c == x.h * x.w)),
            i, "an input that is viewed must be contiguous");
@@ -292,7 +300,8 @@ std::shared_ptr<const ProgramPlan> Program::make_program_plan(const std::vector<
       c = spec_.slots[step.x].channels, h = slot.h, w = slot.w;
       if (step.view[0]) {
         slot.planar = true;
-        need(c * h * w == step.view[0] * step.view[1] * step.view[2], i, "the view has another number of elements than the slot");
+        need(elements(c, h, w) == elements(step.view[0], step.view[1], step.view[2]), i,
+             "the view has another number of elements than the slot");
         c = step.view[0], h = step.view[1], w = step.view[2];
       }
     }
@@ -355,11 +364,15 @@ std::shared_ptr<const ProgramPlan> Program::make_program_plan(const std::vector<
     SlotPlan& slot = p.slots[s];
     const SlotSpec& spec = spec_.slots[s];
     if (slot.first_step < 0) continue;
-    bool per_image = false;
-    for (size_t reader : readers[s]) per_image |= p.steps[reader].per_image;
+    bool per_image = false, ring = false;
+    for (size_t reader : readers[s]) {
+      const Layer& layer = spec_.steps[reader].layer;
+      per_image |= p.steps[reader].per_image;
+      ring |= spec.padding != Padding::kZeros && (layer.padding_h > 0 || layer.padding_w > 0);
+    }
     for (size_t reader : readers[s]) {
       Plan& plan = p.steps[reader].plan;
-      plan = make_plan(spec_.steps[reader].layer, p.n, spec.channels, slot.h, slot.w, p.kernels->vector_lanes, per_image);
+      plan = make_plan(spec_.steps[reader].layer, p.n, spec.channels, slot.h, slot.w, p.kernels->vector_lanes, per_image, ring);
       if (reader != readers[s].front() && !(plan.in == slot.layout)) fail("layers of different windows read one slot");
       slot.layout = plan.in;
     }
@@ -369,15 +382,12 @@ std::shared_ptr<const ProgramPlan> Program::make_program_plan(const std::vector<
     else if (slot.planar)
       fail("a slot that is viewed cannot be read by a gather-GEMM, too");
     const LaneLayout& l = slot.layout;
+    if (elements(l.planes, l.rows * l.phases_h, l.cols * l.phases_w) * double(p.n) > double(kMostLanes))
+      fail("a slot of more than 4 TiB");
     for (size_t reader : readers[s]) {
       const Layer& layer = spec_.steps[reader].layer;
-      if (spec.padding == Padding::kZeros || (layer.padding_h == 0 && layer.padding_w == 0)) continue;
-      if (!l.batch_in_cols && !p.steps[reader].plan.pixels) {
-        const bool fits = spec.padding == Padding::kReplicate || (layer.padding_h < slot.h && layer.padding_w < slot.w);
-        if (layer.transposed || !fits) fail("reflected padding must be smaller than the image, and before a convolution");
-      } else {
-        fail("an image of one pixel has nothing to mirror around it");
-      }
+      const bool fits = spec.padding == Padding::kReplicate || (layer.padding_h < slot.h && layer.padding_w < slot.w);
+      if (ring && (layer.transposed || !fits)) fail("reflected padding must be smaller than the image, and before a convolution");
     }
   }
 

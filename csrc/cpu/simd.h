@@ -32,7 +32,7 @@ struct Simd {
   static F load_f(const float* p) { return _mm512_loadu_ps(p); }
   static void store(void* p, I v) { _mm512_storeu_si512(p, v); }
   static void store_partial(void* p, I v, int n) { _mm512_mask_storeu_epi32(p, __mmask16((1u << n) - 1), v); }
-  static F load_partial(const float* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+  static F load_partial(const void* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
   static F gather(const float* p, int64_t stride, int n) {
     const I index = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                        _mm512_set1_epi32(int32_t(stride)));
@@ -167,7 +167,7 @@ struct Simd {
   static F load_f(const float* p) { return _mm256_loadu_ps(p); }
   static void store(void* p, I v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
   static void store_partial(void* p, I v, int n) { _mm256_maskstore_epi32(static_cast<int*>(p), mask(n), v); }
-  static F load_partial(const float* p, int n) { return _mm256_maskload_ps(p, mask(n)); }
+  static F load_partial(const void* p, int n) { return as_f(_mm256_maskload_epi32(static_cast<const int*>(p), mask(n))); }
   static F gather(const float* p, int64_t stride, int n) {
     const I index = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(int32_t(stride)));
     return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), p, index, _mm256_castsi256_ps(mask(n)), 4);
@@ -267,7 +267,11 @@ struct Simd {
   static F load_f(const float* p) { return as_f(load(p)); }
   static void store(void* p, I v) { std::memcpy(p, &v, sizeof(v)); }
   static void store_partial(void* p, I v, int n) { std::memcpy(p, &v, size_t(n) * 4); }
-  static F load_partial(const float* p, int n) { return gather(p, 1, n); }
+  static F load_partial(const void* p, int n) {
+    F v = {};
+    std::memcpy(&v, p, size_t(n) * 4);
+    return v;
+  }
   static F gather(const float* p, int64_t stride, int n) {
     F v = {};
     for (int i = 0; i < n; i++) v[i] = p[i * stride];
@@ -299,7 +303,7 @@ struct Simd {
   static F max(F a, F b) { return as_f(((a > b) & as_i(a)) | (~(a > b) & as_i(b))); }
   static F min(F a, F b) { return as_f(((a < b) & as_i(a)) | (~(a < b) & as_i(b))); }
   static F select_lt(F a, F b, F yes, F no) { return as_f(((a < b) & as_i(yes)) | (~(a < b) & as_i(no))); }
-  static I add(I a, I b) { return a + b; }
+  static I add(I a, I b) { return (I)((U)a + (U)b); }
   static void add_sums(const F (&v)[4], float* to) {
     for (int j = 0; j < 4; j++)
       for (int i = 0; i < kLanes; i++) to[j] += v[j][i];
