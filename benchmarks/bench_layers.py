@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from benchmarks.shapes import LAYERS, REFERENCE_LAYER, LayerShape
 from benchmarks.timing import DTYPES, Call, Row, check_outputs, rivals_of, time_in_turn
-from sparsegan.layers import SPARSE_TYPES, SparseChain, SparseLayer
+from sparsegan.graph import Lowered, capture, lower, observe
+from sparsegan.layers import SPARSE_TYPES, SparseLayer
 from sparsegan.patterns import PRUNABLE_TYPES, BlockPattern
 from sparsegan.prune import count_macs, make_permanent, prune
 
@@ -81,20 +82,19 @@ def test_chain(
     row_seconds: float,
     with_compile: bool,
 ) -> None:
-    """Four of the layer in one native call; the first one alone beside it tells what a further one takes."""
+    """Four of the layer in one program; the first one alone beside it tells what a further one takes."""
     shape = REFERENCE_LAYER
     x, dense = shape.input(1), shape.build(CHAIN)
     pruned = prune_all(dense, x, sparsity, block)
-    layers = sparse_layers(pruned, x, "int8", block)
-    chain, first = SparseChain(*layers), SparseChain(layers[0])
-    kernel_error, dense_error = check_outputs(chain, pruned, x, "int8")
-    rivals = {**_rivals(shape, CHAIN, with_compile), "first layer": lambda: first(x)}
-    timed = time_in_turn(benchmark, lambda: chain(x), rivals, "int8", row_seconds)
+    chain, first = program_of(pruned, x), program_of(pruned[: len(pruned) // CHAIN], x)
+    kernel_error, dense_error = check_outputs(chain.model, pruned, x, "int8")
+    rivals = {**_rivals(shape, CHAIN, with_compile), "first layer": lambda: first.model(x)}
+    timed = time_in_turn(benchmark, lambda: chain.model(x), rivals, "int8", row_seconds)
     if timed is None:
         return
     ms, peak = timed
     macs = count_macs(dense, (x,)).values()
-    executed = [count * layer.density for count, layer in zip(macs, layers, strict=True)]
+    executed = [count * layer.density for count, layer in zip(macs, chain.layers, strict=True)]
     row = Row(
         model=shape.model,
         layer=shape.layer,
@@ -128,6 +128,12 @@ def prune_all(dense: nn.Sequential, x: Tensor, sparsity: float, block: BlockPatt
         prune(pruned, block, sparsity, "l2", layers=[name])
     make_permanent(pruned)
     return pruned.requires_grad_(False)
+
+
+def program_of(pruned: nn.Module, x: Tensor) -> Lowered:
+    """`pruned` as one int8 program."""
+    captured = capture(pruned.eval(), (x,))  # a part of a model in eval mode is not
+    return lower(captured, observe(captured, [x]), default="int8", residual="u8")
 
 
 def sparse_layers(pruned: nn.Sequential, x: Tensor, dtype: str, block: BlockPattern) -> list[SparseLayer]:

@@ -8,7 +8,7 @@ save(fast, "generator.safetensors")
 from .checkpoint import load, save
 from .compress import Compressed, compress
 from .formats import PackedWeight
-from .layers import SparseChain, SparseConv2d, SparseConvTranspose2d, SparseLinear
+from .layers import SparseConv2d, SparseConvTranspose2d, SparseLinear
 from .ops import BackendError
 from .patterns import BlockPattern, ChannelPattern, NMPattern, pattern_for
 from .prune import make_permanent, prune, recover, sparsity_report
@@ -21,7 +21,6 @@ __all__ = [
     "Compressed",
     "NMPattern",
     "PackedWeight",
-    "SparseChain",
     "SparseConv2d",
     "SparseConvTranspose2d",
     "SparseLinear",

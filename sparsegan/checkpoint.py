@@ -1,6 +1,6 @@
 """Save a swapped model in one safetensors file and load it again: no pickle, no user code, nothing trusted.
 
-The tensors stand under their names in state_dict; the metadata holds the tree of modules as JSON, and a
+The tensors stand under their names in state_dict; the metadata holds the tree of modules, or the graph, as JSON, and a
 SHA-256 of tree and tensors, against damage (not forgery: whoever can write a file can write its checksum).
 Because loading must not need the user's classes, a model can be saved when it is built of the modules below.
 """
@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparsegan.formats import FIELDS, from_dict
-from sparsegan.layers import SPARSE_TYPES, SparseChain, SparseLayer
+from sparsegan.graph_file import build_graph, describe_graph
+from sparsegan.layers import SPARSE_TYPES, SparseLayer
 from sparsegan.swap import Explanation, LayerRow
 
-FORMAT, VERSION = "sparsegan", "1"
+FORMAT, VERSION = "sparsegan", "2"
+_READABLE = ("1", VERSION)  # 1 has no graphs
 
 _CONVOLUTION = (
     "in_channels",
@@ -87,14 +89,14 @@ _NONSENSE = (
     TypeError,
     ValueError,
 )
-_CONTAINERS = {kind.__name__: kind for kind in (nn.Sequential, SparseChain)}
 
 
 def save(model: nn.Module, path: str | Path) -> None:
     """Write `model` to one safetensors file that `load` reads back.
 
-    It must be built of nn.Sequential, sparse layers and the modules of torch.nn that generators use. Raises
-    ValueError, naming the module, for any other and for one with forward hooks.
+    It must be a graph as `swap_to_sparse` makes it, or be built of nn.Sequential, sparse layers and the modules of
+    torch.nn that generators use. Raises ValueError, naming the module or the operator, for any other and for one
+    with forward hooks.
     """
     tensors: dict[str, Tensor] = {}
     content: dict[str, Any] = {"model": _describe("", model, tensors)}
@@ -120,11 +122,9 @@ def load(path: str | Path, backend: str | None = None) -> nn.Module:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path} is a safetensors file, but not one that sparsegan.save wrote")
-            if metadata.get("version") != VERSION:
-                came = metadata.get("version")
-                raise ValueError(
-                    f"{path} has format version {came}, this sparsegan reads version {VERSION}: update it"
-                )
+            if metadata.get("version") not in _READABLE:
+                came, known = metadata.get("version"), " and ".join(_READABLE)
+                raise ValueError(f"{path} has format version {came}, this sparsegan reads {known}: update it")
             # Cloned: the tensors of an open file lie where they fall in memory, unaligned.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -149,14 +149,19 @@ def _describe(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> dict[
     where = f"the module {name or '(the model itself)'} of type {type(module).__name__}"
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         raise ValueError(f"{where} has forward hooks or a forward of its own, which cannot be saved")
-    if type(module) is SparseChain or type(module).forward is nn.Sequential.forward:
-        kind = SparseChain if isinstance(module, SparseChain) else nn.Sequential
+    if type(module).forward is nn.Sequential.forward:
         children = [
             (child, _describe(f"{name}.{child}" if name else child, part, tensors))
             for child, part in module._modules.items()
             if part is not None
         ]
-        return {"type": kind.__name__, "children": children}
+        return {"type": "Sequential", "children": children}
+    if isinstance(module, fx.GraphModule):
+        graph, held = describe_graph(module)
+        for key, tensor in held.items():
+            kept = _narrow(tensor) if key.endswith("_cols") else tensor
+            tensors[f"{name}.{key}" if name else key] = kept.detach().cpu().contiguous().clone()
+        return graph
     own = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     for key, tensor in own.items():
         tensors[f"{name}.{key}" if name else key] = tensor.detach().cpu().contiguous().clone()
@@ -179,13 +184,11 @@ def _describe(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> dict[
 def _build(spec: Mapping[str, Any], name: str, tensors: dict[str, Tensor], backend: str | None) -> nn.Module:
     """The module that `spec` describes; the tensors it takes are removed from `tensors`."""
     kind = spec["type"]
-    if kind in _CONTAINERS:
+    if kind == "Sequential":
         parts = [
             (child, _build(part, f"{name}.{child}" if name else child, tensors, backend))
             for child, part in spec["children"]
         ]
-        if kind == "SparseChain":
-            return SparseChain(*(part for _, part in parts))  # type: ignore[arg-type]
         sequential = nn.Sequential()
         for child, part in parts:
             sequential.add_module(child, part)
@@ -197,6 +200,8 @@ def _build(spec: Mapping[str, Any], name: str, tensors: dict[str, Tensor], backe
             raise ValueError(f"the tensor {full} is missing")
         return tensors.pop(full)
 
+    if kind == "Graph":
+        return build_graph(spec, take, backend)
     settings = {key: _tupled(value) for key, value in spec["settings"].items()}
     if kind in _SPARSE_BY_NAME:
         weight = {field: take(field) for field in FIELDS}

@@ -21,12 +21,13 @@ from sparsegan import ops
 from sparsegan.checkpoint import load, save
 from sparsegan.compress import compress
 from sparsegan.demo import DEFAULT_MODELS, DEFAULT_STEPS, run_demo, stage_bars
+from sparsegan.graph import CheckInputs
 from sparsegan.layers import SparseLayer
 from sparsegan.models import MODELS, load_model
-from sparsegan.ops.block_chain import BACKENDS as CHAIN
 from sparsegan.ops.block_conv2d import BACKENDS as CONV2D
 from sparsegan.ops.block_conv_transpose2d import BACKENDS as CONV_TRANSPOSE2D
 from sparsegan.ops.block_linear import BACKENDS as LINEAR
+from sparsegan.ops.program import BACKENDS as PROGRAM
 from sparsegan.patterns import PRUNABLE_TYPES, parse_pattern
 from sparsegan.prune import make_permanent, prune
 from sparsegan.prune.distill import SampleInputs
@@ -50,7 +51,7 @@ _OPS = {
     "block_linear": LINEAR,
     "block_conv2d": CONV2D,
     "block_conv_transpose2d": CONV_TRANSPOSE2D,
-    "block_chain": CHAIN,
+    "program": PROGRAM,
 }
 
 
@@ -292,12 +293,31 @@ def _contenders(name: str, sparsity: float, pattern: str) -> tuple[nn.Module, nn
 
 
 def _latents(model: nn.Module) -> Callable[[int, torch.Generator], tuple[Tensor]]:
-    """Draws normal latents as the first layer takes them: [N, C], or [N, C, 1, 1] for a convolution."""
+    """Draws normal latents as the model takes them: [N, C], or [N, C, 1, 1] for a convolution."""
+    shape = _captured_shape(model) or _first_layer_shape(model)
+    return lambda n, generator: (torch.randn(n, *shape, generator=generator),)
+
+
+def _captured_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """The shape of one input of a model that is a graph; None for another."""
+    check = next((module for module in model.modules() if isinstance(module, CheckInputs)), None)
+    if check is None:
+        return None
+    if len(check.wanted) != 1 or not isinstance(check.wanted[0], tuple):
+        raise ValueError(f"the model takes {len(check.wanted)} inputs, not latents alone")
+    shape = check.wanted[0][1:]
+    if any(isinstance(size, str) for size in shape):
+        raise ValueError(
+            f"the model takes images of any size, [N, {', '.join(map(str, shape))}], not latents"
+        )
+    return shape
+
+
+def _first_layer_shape(model: nn.Module) -> tuple[int, ...]:
     layers = [m for m in model.modules() if isinstance(m, (SparseLayer, *PRUNABLE_TYPES))]
     if not layers:
         raise ValueError("the model has no layer that takes latents")
     first = layers[0]
     linear = isinstance(first, nn.Linear) or (isinstance(first, SparseLayer) and first.KIND == "linear")
     channels = first.in_features if isinstance(first, nn.Linear) else first.in_channels
-    shape = (channels,) if linear else (channels, 1, 1)
-    return lambda n, generator: (torch.randn(n, *shape, generator=generator),)
+    return (channels,) if linear else (channels, 1, 1)

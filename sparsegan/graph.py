@@ -15,12 +15,14 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, Literal, TypeAlias
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map
@@ -37,6 +39,7 @@ from sparsegan.lowering import (
     Normalise,
     NumberFormat,
     Operation,
+    PackedBefore,
     Pad,
     RefusedError,
     Scale,
@@ -46,7 +49,7 @@ from sparsegan.lowering import (
 )
 from sparsegan.ops.program import Act, Program
 from sparsegan.patterns import PRUNABLE_TYPES
-from sparsegan.quantize import observed_ranges
+from sparsegan.quantize import activation_params, observed_ranges
 
 _ATEN = torch.ops.aten
 
@@ -61,10 +64,12 @@ class Captured:
 
     module: takes and returns what the model does. Parameters are shared with the model.
     layers: names and types of the model's Linear, Conv2d and ConvTranspose2d.
+    packed: weights as they were packed before, so that lowering the model again is quick.
     """
 
     module: fx.GraphModule
     layers: Mapping[str, str]
+    packed: PackedBefore = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -106,10 +111,10 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> Captured:
     for inputs, free in ((two, (0, 2, 3)), (two, (0,)), (example_inputs, ())):
         try:
             module = _exported(model, inputs, free)
+            _normalise(module)
         except Exception as error:  # torch.export raises whatever tracing came upon
             failure = error
             continue
-        _normalise(module)
         if free == (0, 2, 3) and not _sizes_are_known(module):
             continue
         layers = {
@@ -147,6 +152,61 @@ def observe(
     return observed_ranges(run, sorted(names), method, percentile)
 
 
+def output_layers(captured: Captured) -> list[str]:
+    """The layers that make the outputs: no other layer stands between them and one of those."""
+    found: list[str] = []
+    stack = list(captured.module.graph.find_nodes(op="output"))
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if _packet(node) in _GEMMS:
+            found.append(_layer(node))
+            continue
+        stack += [read for read in node.all_input_nodes if read not in seen]
+        seen.update(node.all_input_nodes)
+    return [name for name in captured.layers if name in found]
+
+
+def quantisation_errors(
+    captured: Captured, inputs: tuple[Any, ...], ranges: Mapping[str, tuple[float, float]]
+) -> dict[str, float]:
+    """What int8 alone does to each layer: the power of its error relative to that of the layer's output.
+
+    Everything else stays float32. ranges: from `observe`. Of a layer that is called twice, the worse call.
+    """
+    operations, _ = _operations(captured.module, {})
+    gemms = {node: op for node, op in operations.items() if isinstance(op, Gemm)}
+    errors: dict[str, float] = {}
+
+    def see(node: fx.Node, arguments: tuple[Any, ...], wanted: Tensor) -> None:
+        scale, zero = activation_params(*ranges[_range_name(operations, gemms[node])])
+        x, weight, *rest = arguments
+        x = ((x / scale).round().clamp(-zero, 255 - zero)) * scale
+        dims = (1, 0) if _packet(node) == "conv_transpose2d" else (0, 1)
+        step = weight.abs().amax([d for d in range(weight.dim()) if d != dims[0]], keepdim=True) / 127
+        rounded = (weight / step.clamp(min=1e-30)).round() * step
+        assert callable(node.target)
+        noise = (node.target(x, rounded, *rest) - wanted).double().square().sum()
+        share = (noise / wanted.double().square().sum().clamp(min=1e-30)).item()
+        name = gemms[node].layer
+        errors[name] = max(errors.get(name, 0.0), share)
+
+    with torch.no_grad():
+        _Inspect(captured.module, set(gemms), see).run(*inputs)
+    return errors
+
+
+def eager_bytes(captured: Captured, inputs: tuple[Any, ...]) -> int:
+    """Bytes of all activations that live at the same time, at their peak, when torch runs the graph op by op.
+
+    Inputs, parameters and what an op needs inside do not count. The inputs are not computed with.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        run = _Memory(captured.module)
+        run.run(*tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, inputs))
+    return run.peak
+
+
 def lower(
     captured: Captured,
     ranges: Mapping[str, tuple[float, float]] | None = None,
@@ -177,7 +237,7 @@ def lower(
         regions = _regions(operations, levels)
         try:
             programs = {
-                level: _program(nodes, operations, format_of, ranges or {}, residual)
+                level: _program(nodes, operations, format_of, ranges or {}, residual, captured.packed)
                 for level, nodes in regions.items()
             }
             break
@@ -226,23 +286,36 @@ def _sizes_are_known(module: fx.GraphModule) -> bool:
 # ------------------------------------------------------------------ the graph, made simple
 
 
-class _CheckInputs(nn.Module):
+# Of sizes that may vary: a whole number, the name of a size, or (operator, two or more expressions).
+Expression: TypeAlias = int | str | tuple["Expression", ...]
+ARITHMETIC: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+}
+
+
+class CheckInputs(nn.Module):
     """Refuses inputs of other shapes than the model was captured for.
 
     wanted: shapes, with a name for each size that may vary; the value itself of what is no tensor.
-    equations: what must hold between the named sizes.
+    equations: pairs of expressions that must be equal.
     """
 
     _is_impure = True  # for fx: not dead code, though it returns nothing
 
-    def __init__(self, wanted: Sequence[Any], equations: Sequence[sympy.Basic]) -> None:
+    def __init__(
+        self, wanted: Sequence[Any], equations: Sequence[tuple[Expression, Expression]] = ()
+    ) -> None:
         super().__init__()
         self.wanted, self.equations = tuple(wanted), tuple(equations)
         self._accepted: set[tuple[Any, ...]] = set()
 
     def forward(self, *inputs: Any) -> None:
         came = tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs)
-        if came in self._accepted:
+        traced = torch.compiler.is_compiling()  # then sizes may be symbols
+        if not traced and came in self._accepted:
             return
         sizes: dict[str, int] = {}
         for k, (x, wanted) in enumerate(zip(came, self.wanted, strict=True)):
@@ -256,12 +329,27 @@ class _CheckInputs(nn.Module):
                 raise ValueError(
                     f"input {k} is {_written(x)}, this model was captured for {_written(wanted)}; {_AGAIN}"
                 )
-        for equation in self.equations:
-            known = {symbol: sizes[str(symbol)] for symbol in equation.free_symbols if str(symbol) in sizes}
-            if equation.subs(known) == sympy.false:
+        for left, right in self.equations:
+            if _value(left, sizes) != _value(right, sizes):
                 shapes = ", ".join(map(_written, came))
-                raise ValueError(f"inputs of {shapes} do not fit the model, which needs {equation}; {_AGAIN}")
-        self._accepted.add(came)
+                needs = f"{_formula(left)} = {_formula(right)}"
+                raise ValueError(f"inputs of {shapes} do not fit the model, which needs {needs}; {_AGAIN}")
+        if not traced:
+            self._accepted.add(came)
+
+
+def _value(expression: Expression, sizes: Mapping[str, int]) -> int:
+    if isinstance(expression, tuple):
+        function, *operands = expression
+        return reduce(ARITHMETIC[str(function)], [_value(operand, sizes) for operand in operands])
+    return sizes[expression] if isinstance(expression, str) else expression
+
+
+def _formula(expression: Expression) -> str:
+    if isinstance(expression, tuple):
+        function, *operands = expression
+        return "(" + f" {function} ".join(map(_formula, operands)) + ")"
+    return str(expression)
 
 
 _AGAIN = "capture it again with such inputs as the example"
@@ -276,7 +364,7 @@ def _normalise(module: fx.GraphModule) -> None:
     graph = module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     with graph.inserting_before(placeholders[-1].next if placeholders else None):
-        check = _CheckInputs([_expected(node) for node in placeholders], _equations(placeholders))
+        check = CheckInputs([_expected(node) for node in placeholders], _equations(placeholders))
         module.add_submodule("check_inputs", check)
         graph.call_module("check_inputs", tuple(placeholders))
     for node in list(graph.nodes):
@@ -332,11 +420,27 @@ def _expected(node: fx.Node) -> Any:
     return tuple(n if isinstance(n, int) else str(n) for n in _shape(node))
 
 
-def _equations(placeholders: Sequence[fx.Node]) -> list[sympy.Basic]:
+def _equations(placeholders: Sequence[fx.Node]) -> list[tuple[Expression, Expression]]:
     """What export assumed of the sizes that may vary. It also assumes that none is 1, which is not needed."""
     sizes = [size for node in placeholders for size in _shape(node) if isinstance(size, torch.SymInt)]
-    guards = [guard.expr for size in sizes[:1] for guard in size.node.shape_env.guards]
-    return [guard for guard in guards if isinstance(guard, sympy.Eq)]
+    known = sizes[0].node.shape_env if sizes else None
+    guards = [known.replace(guard.expr) for guard in known.guards] if known else []
+    pairs = [guard.args for guard in guards if isinstance(guard, sympy.Eq)]
+    named = {str(size) for size in sizes}
+    return [(_expression(left, named), _expression(right, named)) for left, right in pairs]
+
+
+def _expression(formula: Any, named: set[str]) -> Expression:
+    """A formula of sympy; ValueError for one that is not made of whole numbers, names of sizes and arithmetic."""
+    if formula.is_Integer:
+        return int(formula)
+    if formula.is_Symbol and str(formula) in named:
+        return str(formula)
+    functions = {"Add": "+", "Mul": "*", "FloorDiv": "//", "Mod": "%", "PythonMod": "%"}
+    function = functions.get(type(formula).__name__)
+    if function is None:
+        raise ValueError(f"it depends on the sizes of its inputs by {formula}")
+    return (function, *(_expression(part, named) for part in formula.args))
 
 
 def _packet(node: Any) -> str:
@@ -368,7 +472,8 @@ def _constant_value(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
         return None
     arguments, keywords = fx.node.map_arg((node.args, node.kwargs), lambda n: _attribute(module, n))
     with torch.no_grad():
-        return node.target(*arguments, **keywords)
+        # Contiguous as from a file: a matrix product rounds differently for other strides.
+        return node.target(*arguments, **keywords).contiguous()
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -847,6 +952,7 @@ def _program(
     format_of: Callable[[str], NumberFormat],
     ranges: Mapping[str, tuple[float, float]],
     residual: Literal["bf16", "u8"],
+    packed: PackedBefore,
 ) -> _Region:
     inside = {node.name for node in nodes}
     steps = [operations[node] for node in nodes]
@@ -859,7 +965,7 @@ def _program(
     }
     outputs = tuple(node for node in nodes if any(user.name not in inside for user in node.users))
     rows = [(node.name, len(_shape(node)) == 2) for node in outputs]
-    program, inputs = Lowering(steps, channels, rows, format_of).program(ranges, residual)
+    program, inputs = Lowering(steps, channels, rows, format_of).program(ranges, residual, packed)
     vectors = {operation.operands[1] for operation in steps if isinstance(operation, Modulate)}
     return _Region(program, tuple(inputs), frozenset(vectors), outputs)
 
@@ -890,7 +996,7 @@ def _assembled(
         for read in region.inputs:
             argument = made[read]
             if read in region.vectors and len(_shape(by_name[read])) == 4:
-                argument = graph.call_function(torch.flatten, (argument, 1))
+                argument = graph.call_function(_ATEN.flatten.using_ints, (argument, 1))
             arguments.append(argument)
         results = graph.call_module(name, tuple(arguments))
         for k, node in enumerate(region.outputs):
@@ -955,6 +1061,48 @@ class _Watch(fx.Interpreter):
         if n.name in self._names:
             self._see(n.name, value)
         return value
+
+
+class _Inspect(fx.Interpreter):
+    """Runs a graph and tells `see` of some nodes: their arguments and what they gave."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        nodes: set[fx.Node],
+        see: Callable[[fx.Node, tuple[Any, ...], Tensor], None],
+    ) -> None:
+        super().__init__(module)
+        self._nodes, self._see = nodes, see
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self._nodes:
+            self._see(n, self.fetch_args_kwargs_from_env(n)[0], value)
+        return value
+
+
+class _Memory(fx.Interpreter):
+    """Runs a graph and keeps count of the bytes of the activations that are still needed."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.peak = 0
+        self._others: set[int] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op in ("placeholder", "get_attr"):
+            self._others.update(storage for storage, _ in _storages(value))
+        held = dict(pair for kept in (*self.env.values(), value) for pair in _storages(kept))
+        self.peak = max(self.peak, sum(size for storage, size in held.items() if storage not in self._others))
+        return value
+
+
+def _storages(value: Any) -> list[tuple[int, int]]:
+    """What tensors lie in, which views share, and how many bytes that has."""
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [(t.untyped_storage()._cdata, t.untyped_storage().nbytes()) for t in tensors]
 
 
 def _range_name(operations: Mapping[fx.Node, Operation], gemm: Gemm) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -207,18 +206,6 @@ class SparseLayer(_Packed):
         names = ("groups", "pattern", "x_scale", "x_zero", "activation", "slope")
         return {name: getattr(self, name) for name in names} | self.geometry
 
-    def chain_layer(self) -> ops.ChainLayer:
-        """This layer as a step of `ops.block_chain`."""
-        return ops.ChainLayer(
-            self.KIND,
-            self.packed,
-            x_scale=self.x_scale,
-            x_zero=self.x_zero,
-            activation=self.activation,
-            slope=self.slope,
-            **self.geometry,
-        )
-
     def forward(self, x: Tensor) -> Tensor:
         """x: float32, as the dense layer takes it. Raises RuntimeError when x requires a gradient."""
         _check_inference(self, x)
@@ -271,34 +258,6 @@ class SparseConvTranspose2d(SparseLayer):
     GEOMETRY = ("kernel_size", "stride", "padding", "output_padding", "dilation")
 
 
-class SparseChain(nn.Sequential):
-    """Sparse layers that follow each other, run in one native call: nothing is converted between them.
-
-    All convolutions (transposed or not) or all linear, with one backend and, by choice (see `chainable`), in one
-    number format. The results are those of the layers one after another. Raises ValueError for layers that
-    cannot stand in one chain.
-    """
-
-    def __init__(self, *layers: SparseLayer) -> None:
-        super().__init__(*layers)
-        if not layers or not all(isinstance(layer, SparseLayer) for layer in layers):
-            raise ValueError("a SparseChain needs at least one layer, all of them sparse")
-        for before, layer in pairwise(layers):
-            if not chainable(before, layer):
-                raise ValueError(f"{before} and {layer} cannot stand in one chain")
-        self._chain = ops.Chain([layer.chain_layer() for layer in layers])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: float32 as the first layer takes it. Raises RuntimeError when x requires grad."""
-        _check_inference(self, x)
-        if not self._chain.linear and x.dim() == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        # Straight from the dicts: attribute look-ups in nn.Module cost as much as a small layer.
-        layers = cast(dict[str, SparseLayer], self._modules).values()
-        weights = [cast(Tensor, layer._buffers[field]) for layer in layers for field in FIELDS]
-        return self._chain.run(x, weights, next(iter(layers)).backend)
-
-
 class SparseProgram(_Packed):
     """Steps of a generator that run in one native call (`ops.program`); made by `graph.lower`.
 
@@ -310,14 +269,21 @@ class SparseProgram(_Packed):
         super().__init__()
         for name, tensor in program_tensors(program).items():
             self.register_buffer(name, tensor)
-        self.backend = backend
-        self._program = program
-        self._engine: Engine | None = Engine(program, backend)
+        self._engine = Engine(program, backend)
 
     @property
     def program(self) -> Program:
         """The program as the buffers have it now."""
-        return self._program
+        return self._engine.program
+
+    @property
+    def backend(self) -> str | None:
+        """Name of the backend that runs it; None takes the first that can."""
+        return self._engine.backend
+
+    @backend.setter
+    def backend(self, name: str | None) -> None:
+        self._engine = Engine(self.program, name)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """inputs: float32 [N, C, H, W] or [N, C], as the program takes them. Returns its outputs, float32.
@@ -326,13 +292,16 @@ class SparseProgram(_Packed):
         """
         for x in inputs:
             _check_inference(self, x)
-        if self._engine is None:
-            self._engine = Engine(self._program, self.backend)
         return tuple(self._engine.run(inputs))
 
+    def bytes(self, *inputs: Tensor) -> int:
+        """Bytes that activations take between steps, at their peak, for such inputs; 0 on the reference backend."""
+        return self._engine.bytes(inputs)
+
     def _tensors_changed(self) -> None:
-        self._program = with_tensors(self._program, cast(dict[str, Tensor], self._buffers))
-        self._engine = None
+        self._engine = Engine(
+            with_tensors(self.program, cast(dict[str, Tensor], self._buffers)), self.backend
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -343,30 +312,16 @@ class SparseProgram(_Packed):
         super()._load_from_state_dict(*args)
         self._tensors_changed()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_engine": None}  # native memory is not copied
-
     def extra_repr(self) -> str:
-        steps = self._program.steps
-        layers = sum(step.weight is not None for step in steps)
-        return f"{self._program.inputs} inputs, {len(steps)} steps ({layers} layers), {self._program.outputs} outputs"
+        program = self.program
+        layers = sum(step.weight is not None for step in program.steps)
+        steps = f"{len(program.steps)} steps ({layers} layers)"
+        return f"{program.inputs} inputs, {steps}, {program.outputs} outputs"
 
 
 SPARSE_TYPES: dict[type[PrunableLayer], type[SparseLayer]] = {
     layer.DENSE: layer for layer in (SparseLinear, SparseConv2d, SparseConvTranspose2d)
 }
-
-
-def chainable(before: SparseLayer, after: SparseLayer) -> bool:
-    """Whether `after` can follow `before` in one SparseChain."""
-    # One number format is a choice: the op can mix them, but a swap has one for all its layers, so that a mixture
-    # has no use yet.
-    return (
-        (before.KIND == "linear") == (after.KIND == "linear")
-        and before.out_channels == after.in_channels
-        and before.dtype == after.dtype
-        and before.backend == after.backend
-    )
 
 
 def _extents(layer: nn.Conv2d | nn.ConvTranspose2d) -> list[Pair]:

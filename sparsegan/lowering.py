@@ -9,11 +9,12 @@ operations and 1x1 convolutions commute with it, other convolutions are merged w
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,8 @@ DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "f32": torch.float32}
 _SLOTS: dict[NumberFormat, SlotFormat] = {"int8": "u8", "bf16": "bf16", "f32": "f32"}
 _ALIGNMENT = {"u8": 4, "bf16": 2, "f32": 1}
 _NONE = Act()
+# Packed weights by what they were made from: name, number format, scale of the input, digest of weight and bias.
+PackedBefore: TypeAlias = dict[tuple[str, str, float, bytes], PackedWeight]
 
 
 class RefusedError(ValueError):
@@ -315,16 +318,21 @@ class Lowering:
         self._results = [self._single(self._upsampled(self._values[name])) for name, _ in outputs]
 
     def program(
-        self, ranges: Mapping[str, tuple[float, float]], residual: Literal["bf16", "u8"]
+        self,
+        ranges: Mapping[str, tuple[float, float]],
+        residual: Literal["bf16", "u8"],
+        packed: PackedBefore | None = None,
     ) -> tuple[Program, list[str]]:
         """The program, and the names of its inputs in order.
 
         ranges: (lo, hi) of what int8 layers read, by value name. residual: format in which int8 programs keep
         what is added later; "u8" takes the slot of a convolution that reads the same value, if there is one.
+        packed: weights that need not be packed again; new ones are added.
         Raises RefusedError for a weight that cannot be packed, ValueError for a missing range.
         """
         rows = [rows for _, rows in self._outputs]
-        return _Layout(self._results, rows, self._format_of, ranges, residual).build()
+        packed = {} if packed is None else packed
+        return _Layout(self._results, rows, self._format_of, ranges, residual, packed).build()
 
     def _lower(self, operation: Operation, x: Value, *others: Value) -> Value:
         name, shared = operation.name, self._readers[operation.name] > 1
@@ -509,8 +517,9 @@ class _Layout:
         format_of: Callable[[str], NumberFormat],
         ranges: Mapping[str, tuple[float, float]],
         residual: Literal["bf16", "u8"],
+        packed: PackedBefore,
     ) -> None:
-        self._results, self._rows = results, rows
+        self._results, self._rows, self._packed = results, rows, packed
         self._format_of, self._ranges, self._residual = format_of, ranges, residual
         self._slots: list[Slot] = []
         self._stores: dict[_Draft, list[Store]] = defaultdict(list)
@@ -622,19 +631,7 @@ class _Layout:
         if draft.gemm is None:
             return step
         gemm = draft.gemm
-        try:
-            weight = pack_weight(
-                gemm.weight,
-                gemm.bias,
-                DTYPES[self._format_of(gemm.layer)],
-                x_scale=self._slots[x].scale,
-                order=tap_order(gemm.kernel_size, gemm.stride, gemm.padding, gemm.dilation)
-                if gemm.kind == "conv_transpose2d"
-                else None,
-                groups=gemm.groups,
-            )
-        except ValueError as error:
-            raise RefusedError(gemm.name, str(error)) from error
+        weight = self._weight(gemm, self._slots[x].scale)
         step = replace(
             step,
             kind=gemm.kind,
@@ -647,6 +644,23 @@ class _Layout:
             demodulation=None if draft.demodulation is None else self._input(draft.demodulation),
         )
         return self._prescaled(step, weight)
+
+    def _weight(self, gemm: Gemm, x_scale: float) -> PackedWeight:
+        """The packed weight of a layer. Raises RefusedError for one that cannot be packed."""
+        format, digest = self._format_of(gemm.layer), hashlib.sha256()
+        for tensor in (gemm.weight, gemm.bias):
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        key = (gemm.name, format, x_scale, digest.digest())
+        if key not in self._packed:
+            window = (gemm.kernel_size, gemm.stride, gemm.padding, gemm.dilation)
+            order = tap_order(*window) if gemm.kind == "conv_transpose2d" else None
+            try:
+                self._packed[key] = pack_weight(
+                    gemm.weight, gemm.bias, DTYPES[format], x_scale=x_scale, order=order, groups=gemm.groups
+                )
+            except ValueError as error:
+                raise RefusedError(gemm.name, str(error)) from error
+        return self._packed[key]
 
     def _prescaled(self, step: Step, weight: PackedWeight) -> Step:
         """The step with the scale of the only slot it stores in folded into its weight, where that is the same."""

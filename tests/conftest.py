@@ -9,7 +9,7 @@ import torch
 
 from sparsegan import ops, swap
 
-ISAS = ("avx512_vnni", "avx2_vnni", "avx2", "portable")
+ISAS = ("avx512_amx", "avx512_vnni", "avx2_vnni", "avx2", "portable")
 
 
 @pytest.fixture(params=["reference", *ISAS])
@@ -43,8 +43,8 @@ def quick() -> Iterator[None]:
         ("sparsegan.prune.importance", "OBD_DRAWS", 5),
         ("sparsegan.compress", "CALIBRATION_BATCHES", 1),
         ("sparsegan.compress", "SwapConfig", partial(swap.SwapConfig, min_speedup=0)),
-        ("sparsegan.swap", "LAYER_BUDGET", 0.0),
-        ("sparsegan.swap", "MODEL_BUDGET", 0.0),
+        ("sparsegan.swap.single", "LAYER_BUDGET", 0.0),
+        ("sparsegan.swap.exchange", "MODEL_BUDGET", 0.0),
         ("sparsegan.demo", "_EVALUATED", 32),
     ]
     with pytest.MonkeyPatch.context() as patch:

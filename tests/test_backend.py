@@ -9,6 +9,7 @@ import torch
 from op_cases import blocked_view, inputs, packed_weight
 
 from sparsegan import ops
+from sparsegan.ops.program import Act, Engine, Program, Slot, Step, Store
 
 CONV = {"kernel_size": (3, 3), "padding": (1, 1)}
 needs_extension = pytest.mark.skipif(ops.extension_error() is not None, reason=str(ops.extension_error()))
@@ -98,11 +99,19 @@ def test_opcheck(dtype):
     torch.library.opcheck(
         torch.ops.sparsegan.block_conv_transpose2d, (x, up.tensors(), *window, (0, 0), (1, 1), *last)
     )
-    chain = [ops.ChainLayer("conv2d", packed, **CONV), ops.ChainLayer("conv_transpose2d", up, **CONV)][:1]
-    torch.library.opcheck(
-        torch.ops.sparsegan.block_chain,
-        (x, chain[0].packed.tensors(), chain[0].geometry(), [chain[0].x_scale, chain[0].slope]),
+    engine = Engine(one_step(packed), "cpu")
+    torch.library.opcheck(torch.ops.sparsegan.program_run, (engine.handle, [x]))
+
+
+def one_step(packed):
+    """A program of one convolution, from and to float32."""
+    store = Store(~0, act=Act("relu"))
+    steps = (
+        Step("pointwise", ~0, (Store(0),)),
+        Step("conv2d", 0, (store,), packed, (3, 3), (1, 1), (1, 1)),
     )
+    number_format = "u8" if packed.values.dtype == torch.int8 else "f32"
+    return Program((Slot(packed.in_channels, number_format),), steps, 1, 1)
 
 
 @needs_extension
@@ -118,7 +127,7 @@ def test_compiles_without_a_graph_break(compiler):
 
     def model(x):
         y = ops.block_conv2d(x, packed, **CONV, activation="relu") * 0.5
-        y = ops.block_chain(y, [ops.ChainLayer("conv_transpose2d", up, **CONV, x_zero=3)])
+        y = ops.block_conv_transpose2d(y, up, **CONV, x_zero=3)
         return ops.block_linear(y.mean(3).transpose(1, 2), packed_linear) + 1
 
     packed_linear = packed_weight("linear", blocked_view(6, 1, 5, 1.0, 0, True), {}, torch.float32)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from benchmarks import bench_layers, bench_models, shapes
 from benchmarks.report import row_table, target_table, targets
 from benchmarks.timing import Row, WrongOutputError, check_outputs, rivals_of, time_in_turn
-from sparsegan import swap
 from sparsegan.layers import SparseConv2d
 from sparsegan.patterns import BlockPattern, detect_pattern, weight_view
 from sparsegan.prune import count_macs
 from sparsegan.report import WrongKernelError
+from sparsegan.swap import exchange, single
 
 SMALL = shapes.LayerShape("toy", "conv", "conv2d", 8, 16, 6, 3, 1, 1, relu=True)
 BLOCK = BlockPattern(8, 4)
@@ -101,8 +101,8 @@ def test_a_wrong_model_gives_no_row(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_right_model_gives_a_row(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(swap, "LAYER_BUDGET", 0.0)
-    monkeypatch.setattr(swap, "MODEL_BUDGET", 0.0)
+    monkeypatch.setattr(single, "LAYER_BUDGET", 0.0)
+    monkeypatch.setattr(exchange, "MODEL_BUDGET", 0.0)
     rows: list[Row] = []
     bench_models.test_model("VAE", 1, "int8", 0.75, FakeBenchmark(), rows, 0.0, False)
     (row,) = rows

@@ -9,17 +9,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sparsegan import checkpoint, swap
+from sparsegan import checkpoint
 from sparsegan.checkpoint import load, save
-from sparsegan.layers import SparseChain, SparseConv2d, SparseLinear
-from sparsegan.swap import SwapConfig, explain, swap_to_sparse
+from sparsegan.graph import CaptureError, capture, lower, observe
+from sparsegan.layers import SparseConv2d, SparseLayer, SparseLinear, SparseProgram
+from sparsegan.swap import SwapConfig, exchange, explain, single, swap_to_sparse
 
 
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch):
     """One round for each race: here it does not matter who wins."""
-    monkeypatch.setattr(swap, "LAYER_BUDGET", 0.0)
-    monkeypatch.setattr(swap, "MODEL_BUDGET", 0.0)
+    monkeypatch.setattr(single, "LAYER_BUDGET", 0.0)
+    monkeypatch.setattr(exchange, "MODEL_BUDGET", 0.0)
 
 
 def decoder():
@@ -44,7 +45,11 @@ def swapped(dtype="int8"):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["int8", "bf16", "f32"])
-def test_the_model_comes_back(tmp_path, dtype):
+def test_layers_one_by_one_come_back(tmp_path, dtype, monkeypatch):
+    def no_graph(*_):
+        raise CaptureError("not now")
+
+    monkeypatch.setattr(exchange, "swap_programs", no_graph)
     model, z = swapped(dtype)
     path = tmp_path / "model.safetensors"
     save(model, path)
@@ -56,7 +61,81 @@ def test_the_model_comes_back(tmp_path, dtype):
         assert torch.equal(again.state_dict()[key], value) and again.state_dict()[key].dtype == value.dtype
     assert not any(module.training for module in again.modules())
     assert again[0].backend == "reference" and load(str(path))[0].backend is None
-    assert any(isinstance(module, SparseChain) for module in again.modules())
+    assert any(isinstance(module, SparseLayer) for module in again.modules())
+
+
+class Skips(nn.Module):
+    """A skip, attention and a clamp that stay torch, several inputs and a dict of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.last = nn.Conv2d(8, 3, 1)
+        self.register_buffer("shift", torch.linspace(0, 1, 8).view(1, 8, 1, 1))
+
+    def forward(self, x, scale):
+        x = self.first(x) * scale[:, :, None, None]
+        x = (x + self.second(x)).clamp(-2, 2) + self.shift
+        rows = x.flatten(2).transpose(1, 2)
+        rows = nn.functional.scaled_dot_product_attention(self.q(rows), self.k(rows), rows)
+        x = x + rows.transpose(1, 2).unflatten(2, tuple(x.shape[2:]))
+        return {"image": torch.tanh(self.last(x)), "features": [x, (rows,)]}
+
+
+def graph(dtype="int8"):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, inputs = Skips().eval(), (torch.randn(2, 4, 6, 5), torch.rand(2, 8))
+    captured = capture(model, inputs)
+    lowered = lower(captured, observe(captured, [inputs]), {"second": "bf16"}, dtype, backend="reference")
+    return lowered.model, inputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["int8", "bf16", "f32"])
+def test_graphs_come_back(tmp_path, dtype):
+    model, inputs = graph(dtype)
+    path = tmp_path / "model.safetensors"
+    save(model, path)
+    again = load(path, backend="reference")
+    for x in (inputs, (torch.randn(1, 4, 3, 9), torch.rand(1, 8))):
+        got, wanted = again(*x), model(*x)
+        assert list(got) == list(wanted) and torch.equal(got["image"], wanted["image"])
+        assert torch.equal(got["features"][0], wanted["features"][0])
+        assert torch.equal(got["features"][1][0], wanted["features"][1][0])
+    assert again.state_dict().keys() == model.state_dict().keys()
+    programs = [module for module in again.modules() if isinstance(module, SparseProgram)]
+    assert programs and all(program.backend == "reference" for program in programs)
+    with pytest.raises(ValueError, match="captured for"):
+        again(inputs[0], torch.rand(3, 8))
+    save(nn.Sequential(again), path)  # a file of a file, inside another module
+
+
+@torch.no_grad()
+def test_swapped_models_come_back_with_their_explanation(tmp_path):
+    model, z = swapped()
+    save(model, tmp_path / "m")
+    again = load(tmp_path / "m", backend="reference")
+    assert torch.equal(again(z), model(z)) and str(explain(again)) == str(explain(model))
+    assert explain(again).programs == 1
+
+
+@torch.no_grad()
+def test_equations_between_sizes_come_back(tmp_path):
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x).view(4, 4, 64)
+
+    save(lower(capture(Folded().eval(), (torch.randn(4, 3, 10, 10),))).model, tmp_path / "m")
+    again = load(tmp_path / "m")
+    assert again(torch.randn(4, 3, 6, 18)).shape == (4, 4, 64)
+    with pytest.raises(ValueError, match=r"which needs .* capture it again"):
+        again(torch.randn(4, 3, 10, 11))
 
 
 @torch.no_grad()
@@ -198,8 +277,8 @@ def rewrite(path, *, content=None, tensors=None, **metadata):
 
 
 def test_wrong_versions_and_foreign_files(file):
-    rewrite(file, version="2")
-    with pytest.raises(ValueError, match="format version 2, this sparsegan reads version 1"):
+    rewrite(file, version="3")
+    with pytest.raises(ValueError, match="format version 3, this sparsegan reads 1 and 2"):
         load(file)
     rewrite(file, version="1", format="other")
     with pytest.raises(ValueError, match=r"not one that sparsegan\.save wrote"):
@@ -212,8 +291,112 @@ def test_wrong_versions_and_foreign_files(file):
 
 
 def test_a_forged_file_that_is_fine_loads(file):
-    rewrite(file)
+    rewrite(file, version="1")
     load(file)
+
+
+@pytest.fixture
+def graph_file(tmp_path):
+    path = tmp_path / "g.safetensors"
+    save(graph()[0], path)
+    return path
+
+
+def rewrite_graph(path, edit):
+    with safe_open(path, framework="pt") as opened:
+        old = opened.metadata()
+        held = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    tree = json.loads(old["content"])
+    edit(tree["model"])
+    text = json.dumps(tree)
+    save_file(held, path, {**old, "content": text, "sha256": checkpoint._digest(text, held)})
+
+
+def call(spec, op):
+    return next(node for node in spec["nodes"] if node["op"].startswith(op))
+
+
+def program(spec):
+    return next(iter(spec["programs"].values()))
+
+
+def step(spec):
+    return next(step for step in program(spec)["steps"] if step["weight"])
+
+
+HOSTILE_GRAPHS = {
+    "an operator that is not in the list": lambda g: call(g, "aten.clamp").update(op="aten.set_.default"),
+    "an operator of another library": lambda g: call(g, "aten.clamp").update(op="os.system.default"),
+    "an overload that is none": lambda g: call(g, "aten.clamp").update(op="aten.clamp.__class__"),
+    "no overload": lambda g: call(g, "aten.clamp").update(op="aten.clamp"),
+    "a packet's method": lambda g: call(g, "aten.clamp").update(op="aten.clamp.overloads"),
+    "an unknown program": lambda g: call(g, "program").update(program="check_inputs"),
+    "an unknown node": lambda g: call(g, "aten.clamp").update(args=[{"node": "nowhere"}]),
+    "an argument of no kind": lambda g: call(g, "aten.clamp").update(args=[{"call": "exit"}]),
+    "a device": lambda g: call(g, "aten.clamp").update(args=[{"device": "cuda"}]),
+    "a name of torch": lambda g: call(g, "aten.clamp").update(args=[{"torch": "load"}]),
+    "code for a keyword": lambda g: call(g, "aten.clamp").update(kwargs={"keywords": {"a=exit()) #": 1}}),
+    "keywords that are none": lambda g: call(g, "aten.clamp").update(kwargs=[1]),
+    "code for a tensor": lambda g: call(g, "tensor").update(tensor='a")) or exit() #'),
+    "a tensor in a dunder": lambda g: call(g, "tensor").update(tensor="__class__.x"),
+    "a tensor that is not there": lambda g: call(g, "tensor").update(tensor="nowhere"),
+    "a node twice": lambda g: g["nodes"].insert(0, g["nodes"][0]),
+    "an input late": lambda g: g["nodes"].insert(-1, {"name": "late", "op": "input"}),
+    "no output": lambda g: g["nodes"].pop(),
+    "an output of one tensor": lambda g: g["nodes"][-1].update(args=[g["nodes"][-1]["args"][0][0]]),
+    "two outputs": lambda g: g["nodes"].append(g["nodes"][-1] | {"name": "again"}),
+    "leaves that are not numbered": lambda g: g.update(returns=["tuple", [0, 0]]),
+    "a tree of another kind": lambda g: g.update(returns=["set", [0]]),
+    "inputs in no tuple": lambda g: g.update(takes=["list", [0, 1]]),
+    "a size of an input": lambda g: g["check"].update(wanted=[[1.5]]),
+    "a formula": lambda g: g["check"].update(equations=[[["**", 9, 9], 1]]),
+    "a formula of strings": lambda g: g["check"].update(equations=[["exit()", 1]]),
+    "a slot that is not there": lambda g: step(g).update(x=99),
+    "a slot by a fraction": lambda g: step(g).update(x=0.5),
+    "an input for a weight": lambda g: step(g).update(x=-1),
+    "a truth of text": lambda g: step(g).update(stats="yes"),
+    "a window": lambda g: step(g).update(stride=[0, 1]),
+    "three strides": lambda g: step(g).update(stride=[1, 1, 1]),
+    "a kind": lambda g: step(g).update(kind="conv9d"),
+    "channels of a weight": lambda g: step(g)["weight"].update(in_channels=2**40),
+    "a field too many": lambda g: step(g).update(extra=1),
+    "a field too few": lambda g: step(g).pop("act"),
+    "an activation": lambda g: step(g)["act"].update(name="swish"),
+    "steps that are no list": lambda g: program(g).update(steps={}),
+    "a program with code for a name": lambda g: g["programs"].update({"x); exit(": program(g)}),
+    "the scale of a slot": lambda g: program(g)["slots"][0].update(scale="1"),
+    "no programs": lambda g: g.pop("programs"),
+}
+
+
+@pytest.mark.parametrize("edit", HOSTILE_GRAPHS.values(), ids=HOSTILE_GRAPHS)
+def test_hostile_graphs(graph_file, edit):
+    load(graph_file)
+    rewrite_graph(graph_file, edit)
+    with pytest.raises(ValueError, match=r"describes no model|unknown"):
+        load(graph_file)
+
+
+def unsaveable():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.linalg.qr(self.layer(x))[0]
+
+    x = (torch.randn(4, 4),)
+    return [
+        (lower(capture(Odd().eval(), x)).model, "linalg_qr.* cannot be saved"),
+        (torch.fx.symbolic_trace(nn.Sequential(nn.ReLU())), "ReLU"),
+    ]
+
+
+def test_graphs_that_cannot_be_saved(tmp_path):
+    for model, match in unsaveable():
+        with pytest.raises(ValueError, match=match):
+            save(model, tmp_path / "m")
 
 
 def setting(index, key, value):

@@ -68,7 +68,7 @@ def test_info():
         "block_linear",
         "block_conv2d",
         "block_conv_transpose2d",
-        "block_chain",
+        "program",
     }
 
 

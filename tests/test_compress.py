@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparsegan.compress import Compressed, compress
-from sparsegan.layers import SparseLayer
+from sparsegan.layers import SparseProgram
 from sparsegan.patterns import BlockPattern, weight_view
 from sparsegan.prune import sparsity_report
 from sparsegan.report import mean_psnr
@@ -50,7 +50,7 @@ def result(quick: None) -> Compressed:
 
 
 def test_gives_a_swapped_and_a_pruned_model(result: Compressed):
-    assert any(isinstance(module, SparseLayer) for module in result.model.modules())
+    assert any(isinstance(module, SparseProgram) for module in result.model.modules())
     assert mean_psnr(result.model(*UNSEEN), result.pruned(*UNSEEN)) > 25  # int8 alone
     report = sparsity_report(result.pruned, UNSEEN)
     assert 1 - sum(r.macs_kept for r in report) / sum(r.macs_dense for r in report) >= 0.5

@@ -15,7 +15,6 @@ from torch import nn
 from sparsegan.formats import pack, unpack
 from sparsegan.layers import (
     SPARSE_TYPES,
-    SparseChain,
     SparseConv2d,
     SparseConvTranspose2d,
     SparseLinear,
@@ -196,7 +195,7 @@ def test_compiles_without_a_graph_break():
     first = SparseConv2d.from_dense(nn.Conv2d(8, 8, 3))
     second = SparseConvTranspose2d.from_dense(nn.ConvTranspose2d(8, 4, 3))
     with torch.no_grad():
-        for model in (first, SparseChain(first, second)):
+        for model in (first, nn.Sequential(first, second)):
             torch._dynamo.reset()
             compiled = torch.compile(model, fullgraph=True, backend="eager")
             assert torch.equal(compiled(x), model(x))
@@ -205,12 +204,11 @@ def test_compiles_without_a_graph_break():
 def test_training_through_a_sparse_layer_is_refused():
     sparse = SparseLinear.from_dense(nn.Linear(4, 4), backend="reference")
     x = torch.ones(1, 4, requires_grad=True)
-    for module in (sparse, SparseChain(sparse)):
-        with pytest.raises(RuntimeError, match=r"for inference.*torch\.no_grad"):
-            module(x)
-        with torch.no_grad():
-            module(x)
-        assert not module(x.detach()).requires_grad
+    with pytest.raises(RuntimeError, match=r"for inference.*torch\.no_grad"):
+        sparse(x)
+    with torch.no_grad():
+        sparse(x)
+    assert not sparse(x.detach()).requires_grad
 
 
 def test_a_named_backend_never_falls_back():
@@ -299,39 +297,3 @@ def test_settings_are_checked(change, match):
 def test_output_padding_is_checked():
     with pytest.raises(ValueError, match="output_padding must be smaller"):
         SparseConvTranspose2d(pack(torch.ones(4, 9, 4)), **GEOMETRY, output_padding=(1, 0))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-def test_a_chain_is_its_layers_one_by_one(dtype):
-    options = {"dtype": dtype, "x_range": (-2.0, 2.0), "activation": "relu", "backend": "reference"}
-    first = SparseConvTranspose2d.from_dense(nn.ConvTranspose2d(3, 8, 4, 2, 1, 1), **options)
-    second = SparseConv2d.from_dense(nn.Conv2d(8, 5, 3, padding=1), **options)
-    for x in (torch.rand(2, 3, 4, 4), torch.rand(3, 4, 4)):
-        assert torch.equal(SparseChain(first, second)(x), second(first(x)))
-    linear = SparseLinear.from_dense(nn.Linear(4, 4), **options)
-    x = torch.rand(2, 3, 4)
-    assert torch.equal(SparseChain(linear, linear)(x), linear(linear(x)))
-
-
-def test_layers_that_make_no_chain():
-    linear = SparseLinear.from_dense(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="at least one layer"):
-        SparseChain()
-    with pytest.raises(ValueError, match="all of them sparse"):
-        SparseChain(linear, nn.ReLU())
-    half = SparseLinear.from_dense(nn.Linear(4, 4), dtype=torch.bfloat16)
-    narrow = SparseLinear.from_dense(nn.Linear(3, 4))
-    image = SparseConv2d.from_dense(nn.Conv2d(4, 4, 1))
-    elsewhere = SparseLinear.from_dense(nn.Linear(4, 4), backend="reference")
-    for other in (half, narrow, image, elsewhere):
-        with pytest.raises(ValueError, match="cannot stand in one chain"):
-            SparseChain(linear, other)
-
-
-def test_a_chain_runs_on_the_backend_its_layers_name_now():
-    layers = [SparseConv2d.from_dense(nn.Conv2d(4, 4, 3)) for _ in range(2)]
-    chain = SparseChain(*layers)
-    layers[0].backend = "nonsense"
-    with pytest.raises(BackendError, match="nonsense"):
-        chain(torch.zeros(1, 4, 8, 8))

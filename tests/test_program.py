@@ -1,5 +1,6 @@
 """Programs: every runner gives what plain torch modules (f32) or the sparse layers one by one (int8) give."""
 
+import copy
 import dataclasses
 import math
 
@@ -15,7 +16,19 @@ from torch import nn
 from sparsegan import ops
 from sparsegan.formats import pack, tap_order
 from sparsegan.layers import SparseConv2d, SparseConvTranspose2d, SparseLinear
-from sparsegan.ops.program import Act, Affine, Engine, Norm, Program, Slot, Step, Store, reference, validate
+from sparsegan.ops.program import (
+    Act,
+    Affine,
+    Engine,
+    Norm,
+    Program,
+    Slot,
+    Step,
+    Store,
+    output_shapes,
+    reference,
+    validate,
+)
 from sparsegan.patterns import weight_view
 from sparsegan.quantize import quantize_weight
 
@@ -334,3 +347,47 @@ def compare(program, inputs, runner):
     with running_on(runner) as backend:
         got = Engine(program, backend).run(inputs)
     assert_agree(program, got, wanted)
+
+
+@pytest.mark.skipif(ops.extension_error() is not None, reason="there is nothing native to free")
+def test_an_engine_that_goes_while_torch_traces_leaves_no_trace():
+    program = Program(f32(4), (entry(0), gemm(nn.Conv2d(4, 4, 1), 0, Store(~0))), 1, 1)
+
+    class Drops(nn.Module):
+        def forward(self, x):
+            engines.clear()
+            return x + 1
+
+    engines = [Engine(program, "cpu")]
+    handle = engines[0].handle
+    graph = torch.export.export(Drops(), (torch.ones(2),), strict=False).graph
+    assert not any("program_free" in str(node.target) for node in graph.nodes)
+    with pytest.raises(RuntimeError):
+        torch.ops.sparsegan.program_run(handle, [torch.ones(1, 4, 2, 2)])
+
+
+@pytest.mark.parametrize("image", [(5, 7), (8, 8)])
+def test_shapes_are_known_without_running(image):
+    up = nn.ConvTranspose2d(8, 3, 4, 2, 1)
+    steps = (
+        entry(0),
+        gemm(nn.Conv2d(4, 8, 3, 2, 1), 0, Store(1)),
+        Step("pointwise", 1, (Store(2),), upsample=3),
+        gemm(up, 2, Store(~0)),
+        Step("pointwise", 1, (Store(~1),), shuffle=2),
+        Step("pointwise", ~1, (Store(~2),), view=(2, 3, 1)),
+    )
+    program = Program(f32(4, 8, 8), steps, 2, 3, (False, False, False))
+    inputs = [torch.randn(2, 4, *image), torch.randn(2, 6)]
+    wanted = [tuple(y.shape) for y in reference(program, inputs)]
+    assert output_shapes(program, [tuple(x.shape) for x in inputs]) == wanted
+    rows = Program(f32(4), (entry(0), gemm(nn.Linear(4, 5), 0, Store(~0))), 1, 1, (True,))
+    assert output_shapes(rows, [(7, 4)]) == [(7, 5)]
+
+
+def test_a_copy_of_an_engine_is_one_of_its_own():
+    program = Program(f32(4), (entry(0), gemm(nn.Conv2d(4, 4, 1), 0, Store(~0))), 1, 1)
+    engine, x = Engine(program), [torch.randn(1, 4, 2, 2)]
+    other, y = copy.deepcopy(engine), engine.run(x)[0]
+    del engine
+    assert torch.equal(other.run(x)[0], y)

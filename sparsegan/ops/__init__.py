@@ -10,7 +10,6 @@ from .backend import (
     isa,
     set_isa,
 )
-from .block_chain import Chain, ChainLayer, block_chain
 from .block_conv2d import block_conv2d
 from .block_conv_transpose2d import block_conv_transpose2d
 from .block_linear import block_linear
@@ -18,10 +17,7 @@ from .block_linear import block_linear
 __all__ = [
     "ACTIVATIONS",
     "BackendError",
-    "Chain",
-    "ChainLayer",
     "available_isas",
-    "block_chain",
     "block_conv2d",
     "block_conv_transpose2d",
     "block_linear",

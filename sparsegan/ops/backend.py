@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class Backend:
 
     name: str
     refuse: Callable[[Tensor], str | None]
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
 
 
 def refuse_cpu(x: Tensor) -> str | None:

@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import formats
 from ..formats import PackedWeight, tap_order
@@ -35,10 +36,14 @@ from .backend import (
     Backend,
     activate,
     choose,
+    default_backend,
     dense_weight,
+    extension_error,
     refuse_cpu,
     refuse_nothing,
 )
+from .block_conv2d import output_size as conv2d_size
+from .block_conv_transpose2d import output_size as conv_transpose2d_size
 
 LIBRARY.define("program_create(Tensor[] tensors, int[] numbers, float[] reals) -> int")
 LIBRARY.define("program_run(int handle, Tensor[] inputs) -> Tensor[]")
@@ -500,7 +505,9 @@ def validate(program: Program) -> None:
         check_act(step.act, where)
         check_act(step.post_act, where)
         need(len(step.stores) > 0, where, "store its result")
-        need(len(step.stores) <= MAX_STORES, where, f"store at most {MAX_STORES} times, got {len(step.stores)}")
+        need(
+            len(step.stores) <= MAX_STORES, where, f"store at most {MAX_STORES} times, got {len(step.stores)}"
+        )
         for store in step.stores:
             check_affine(store.affine, wide, where)
             check_act(store.act, where)
@@ -565,6 +572,32 @@ def _check_window(step: Step, where: str, need: Callable[[bool, str, str], None]
         need(good, where, f"have a view of three sizes, got {step.view}")
 
 
+def output_shapes(program: Program, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Shapes of the outputs for inputs of these shapes, sizes of which may be symbolic; of a valid program."""
+    sizes: dict[int, tuple[int, ...]] = {~k: (*shape, 1, 1)[:4] for k, shape in enumerate(inputs)}
+    for step in program.steps:
+        n, c, h, w = sizes[step.x]
+        if step.weight is not None:
+            c = step.weight.out_channels
+            windows = zip((h, w), step.kernel_size, step.stride, step.padding, step.dilation, strict=True)
+            if step.kind == "conv2d":
+                h, w = (conv2d_size(*window) for window in windows)
+            elif step.kind == "conv_transpose2d":
+                h, w = (
+                    conv_transpose2d_size(*window[:-1], extra, window[-1])
+                    for window, extra in zip(windows, step.output_padding, strict=True)
+                )
+        else:
+            if step.view is not None:
+                c, h, w = step.view
+            c, h, w = c // step.shuffle**2, h * step.shuffle * step.upsample, w * step.shuffle * step.upsample
+        for store in step.stores:
+            whole = program.slots[store.slot].channels if store.slot >= 0 else c
+            sizes[store.slot] = (n, whole, h, w)
+    rows = program.rows or (False,) * program.outputs
+    return [sizes[~k][: 2 if rows[k] else 4] for k in range(program.outputs)]
+
+
 _FORMATS = {"u8": 0, "bf16": 1, "f32": 2}  # in the order of csrc/packed.h
 _KINDS = {"linear": 0, "conv2d": 1, "conv_transpose2d": 2, "pointwise": 3}
 _PADDING_MODES = {"zeros": 0, "reflect": 1, "replicate": 2}
@@ -623,8 +656,9 @@ def encode(program: Program) -> tuple[list[Tensor], list[int], list[float]]:
 class Engine:
     """A program ready to run. Safe to call from several threads at once.
 
-    Its weights are those at the first run: what is written into the program's tensors later does not reach it.
-    Raises ValueError for a program that `validate` refuses, BackendError when a named backend cannot run it.
+    Where the kernels are to run it, it keeps a copy of the weights in native memory: what is written into the
+    program's tensors later does not reach it. A copy of an engine has a native program of its own.
+    Raises ValueError for a program that `validate` refuses; `run` raises BackendError when a named backend cannot.
     """
 
     def __init__(self, program: Program, backend: str | None = None) -> None:
@@ -632,6 +666,9 @@ class Engine:
         self.program = program
         self.backend = backend
         self._handle: int | None = None
+        if (backend or default_backend() or "cpu") == "cpu" and extension_error() is None:
+            # Not at the first run, because that may be one that torch.compile or torch.export traces.
+            self._create()
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, float32, contiguous, for float32 inputs [N, C, H, W] or [N, C]. Raises RuntimeError for others."""
@@ -645,11 +682,35 @@ class Engine:
 
     @property
     def handle(self) -> int:
-        """Number of the native program, which is made at the first use."""
+        """Number of the native program."""
         if self._handle is None:
-            self._handle = torch.ops.sparsegan.program_create(*encode(self.program))
-            weakref.finalize(self, torch.ops.sparsegan.program_free, self._handle)
+            self._create()
+        assert self._handle is not None
         return self._handle
+
+    def _create(self) -> None:
+        self._handle = torch.ops.sparsegan.program_create(*encode(self.program))
+        _PROGRAMS[self._handle] = self.program
+        weakref.finalize(self, _free, self._handle)
+
+    def __reduce__(self) -> tuple:
+        return Engine, (self.program, self.backend)
+
+
+_PROGRAMS: dict[int, Program] = {}  # those that have a native one, by its handle: for the shape function
+
+
+def _free(handle: int) -> None:
+    del _PROGRAMS[handle]
+    # The garbage collector may come by while torch traces something, which must not take this for a part of it.
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        torch.ops.sparsegan.program_free(handle)
+
+
+@torch.library.register_fake("sparsegan::program_run")
+def _fake(handle: int, inputs: list[Tensor]) -> list[Tensor]:
+    shapes = output_shapes(_PROGRAMS[int(handle)], [tuple(x.shape) for x in inputs])
+    return [inputs[0].new_empty(shape) for shape in shapes]
 
 
 def _run_native(engine: Engine, inputs: Sequence[Tensor]) -> list[Tensor]:

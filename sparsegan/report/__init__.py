@@ -1,5 +1,6 @@
 """What people see of a compressed model: measured results, tables, image grids, machine facts."""
 
+from sparsegan.report.dense import dense_counterpart
 from sparsegan.report.grid import image_grid
 from sparsegan.report.machine import machine_facts
 from sparsegan.report.results import (
@@ -8,7 +9,6 @@ from sparsegan.report.results import (
     Speed,
     WrongKernelError,
     check_kernels,
-    dense_counterpart,
     finite,
     layer_results,
     mean_psnr,

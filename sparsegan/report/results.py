@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,19 +17,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsegan.formats import nbytes, tap_order, unpack
-from sparsegan.fuse import with_weight
-from sparsegan.layers import SparseChain, SparseLayer
+from sparsegan.formats import nbytes
+from sparsegan.layers import SparseLayer, SparseProgram
 from sparsegan.metrics import psnr
-from sparsegan.patterns import PRUNABLE_TYPES, PrunableLayer, from_weight_view
+from sparsegan.patterns import PRUNABLE_TYPES, PrunableLayer
 from sparsegan.prune.distill import SampleInputs
 from sparsegan.swap import explain, race
 
 # Largest difference between kernels and reference, relative to the largest output. int8 sums are exact, which
-# leaves the rounding of float32 sums and of tanh; bfloat16 activations are rounded again in every layer.
-_KERNEL_TOLERANCE = {torch.int8: 1e-3, torch.float32: 1e-3, torch.bfloat16: 3e-2}
-
-_ACTIVATION_MODULES = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+# leaves the rounding of float32 sums and of tanh. Where what differs by that is rounded again, to bfloat16 or to a
+# step of int8, it may differ by such a step.
+_EXACT, _ROUNDED_AGAIN = 1e-3, 3e-2
+_EXACT_ACTIVATIONS = ("none", "relu", "leaky_relu")
 
 
 class WrongKernelError(RuntimeError):
@@ -52,8 +52,8 @@ class Speed:
 class LayerResult:
     """One layer.
 
-    Times are of the layer alone, as measured when it was swapped (batch 1). psnr compares the output of the
-    pruned layer with that of the dense one at the same latents, over the range of the dense one, in dB.
+    psnr compares the output of the pruned layer with that of the dense one at the same latents, over the range of the
+    dense one, in dB.
     """
 
     name: str
@@ -63,8 +63,6 @@ class LayerResult:
     pattern: str
     density: float
     dtype: str
-    dense_ms: float | None
-    sparse_ms: float | None
     dense_bytes: int
     sparse_bytes: int
     psnr: float
@@ -120,15 +118,14 @@ def check_kernels(model: nn.Module, inputs: tuple[Any, ...]) -> float:
 
     Relative to the largest output of the reference. Raises WrongKernelError when that is more than rounding.
     """
-    sparse = [module for module in model.modules() if isinstance(module, SparseLayer)]
     reference = copy.deepcopy(model)
     for module in reference.modules():
-        if isinstance(module, SparseLayer):
+        if isinstance(module, SparseLayer | SparseProgram):
             module.backend = "reference"
     with torch.no_grad():
         got, wanted = model(*inputs).double(), reference(*inputs).double()
     error = (got - wanted).abs().max().item() / max(wanted.abs().max().item(), 1e-30)
-    limit = max((_KERNEL_TOLERANCE[layer.dtype] for layer in sparse), default=0.0)
+    limit = max(map(_kernel_tolerance, model.modules()), default=0.0)
     if not error <= limit:  # NaN is wrong too
         raise WrongKernelError(
             f"the kernels differ from the reference by {error:.2g} of the largest output (rounding is "
@@ -136,6 +133,22 @@ def check_kernels(model: nn.Module, inputs: tuple[Any, ...]) -> float:
             "SPARSEGAN_BACKEND=reference works meanwhile, slowly"
         )
     return error
+
+
+def _kernel_tolerance(module: nn.Module) -> float:
+    if isinstance(module, SparseLayer):
+        return _ROUNDED_AGAIN if module.dtype == torch.bfloat16 else _EXACT
+    if not isinstance(module, SparseProgram):
+        return 0.0
+    slots = module.program.slots
+    for step in module.program.steps:
+        bf16 = step.weight is not None and step.weight.values.dtype == torch.bfloat16
+        acts = [step.act, step.post_act, *(store.act for store in step.stores)]
+        inexact = step.norm is not None or any(act.name not in _EXACT_ACTIVATIONS for act in acts)
+        narrow = any(store.slot >= 0 and slots[store.slot].format != "f32" for store in step.stores)
+        if bf16 or (inexact and narrow):
+            return _ROUNDED_AGAIN
+    return _EXACT
 
 
 def measure_speed(
@@ -172,7 +185,7 @@ def layer_results(
 
     dense, pruned: models of the same structure. swapped: what `swap_to_sparse` made of `pruned`.
     """
-    packed = iter([module.packed for module in swapped.modules() if isinstance(module, SparseLayer)])
+    sizes = _packed_bytes(swapped)
     wanted, got = _layer_outputs(dense, inputs), _layer_outputs(pruned, inputs)
     results = []
     for row in explain(swapped).rows:
@@ -186,52 +199,24 @@ def layer_results(
                 pattern=row.pattern,
                 density=row.density,
                 dtype=row.dtype,
-                dense_ms=row.before_ms,
-                sparse_ms=row.after_ms,
                 dense_bytes=dense_bytes,
-                sparse_bytes=nbytes(next(packed)) if row.swapped else dense_bytes,
+                sparse_bytes=sizes[row.name] if row.swapped else dense_bytes,
                 psnr=_psnr_over_range(got[row.name], wanted[row.name]),
             )
         )
     return results
 
 
-def dense_counterpart(model: nn.Module) -> nn.Module:
-    """A copy of a swapped model with plain torch.nn layers in place of the sparse ones: what it has to beat.
-
-    The weights are those the sparse layers stand for (int8 ones dequantised), zeros included; inputs and
-    activations are float32.
-    """
-    return _densified(copy.deepcopy(model))
-
-
-def _densified(module: nn.Module) -> nn.Module:
-    if isinstance(module, SparseLayer):
-        return _dense_layer(module)
-    for name, child in module.named_children():
-        setattr(module, name, _densified(child))
-    return nn.Sequential(*module.children()) if isinstance(module, SparseChain) else module
-
-
-def _dense_layer(layer: SparseLayer) -> nn.Sequential:
-    """The dense layer, and its activation."""
-    packed, geometry, groups = layer.packed, layer.geometry, layer.groups
-    weight_scale = packed.scale / layer.x_scale if layer.dtype == torch.int8 else packed.scale
-    view = unpack(packed).float() * weight_scale[:, None, None]
-    # Groups are packed as a block-diagonal weight; the diagonal is what the dense layer holds.
-    grouped = view.unflatten(2, (groups, -1)).unflatten(0, (groups, -1))
-    view = grouped.diagonal(dim1=0, dim2=3).movedim(-1, 0).flatten(0, 1)
-    if layer.DENSE is nn.ConvTranspose2d:
-        order = tap_order(*(geometry[name] for name in ("kernel_size", "stride", "padding", "dilation")))
-        view = view[:, torch.tensor(order).argsort()]
-    settings: dict[str, Any] = dict(geometry) if layer.DENSE is nn.Linear else {**geometry, "groups": groups}
-    template = layer.DENSE(layer.in_channels, layer.out_channels, device="meta", **settings).eval()
-    dense = cast(nn.Module, with_weight(template, from_weight_view(template, view), packed.bias))
-    if layer.activation == "none":
-        return nn.Sequential(dense)
-    if layer.activation == "leaky_relu":
-        return nn.Sequential(dense, nn.LeakyReLU(layer.slope))
-    return nn.Sequential(dense, _ACTIVATION_MODULES[layer.activation]())
+def _packed_bytes(model: nn.Module) -> Counter[str]:
+    """Bytes of the packed weights by the name of the layer, which a program may use more than once."""
+    sizes: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLayer):
+            sizes[name] += nbytes(module.packed)
+        elif isinstance(module, SparseProgram):
+            for step in module.program.steps:
+                sizes[step.name] += nbytes(step.weight) if step.weight else 0
+    return sizes
 
 
 def _layer_outputs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:

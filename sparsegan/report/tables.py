@@ -15,21 +15,18 @@ _SIZE = ("kB\ndense", "kB\nnow")
 
 def layer_table(name: str, layers: Sequence[LayerResult]) -> Table:
     """One row a layer of the model called `name`."""
-    table = _table(
-        f"{name}: layer by layer", ("layer", "kind", "now"), ("den-\nsity", *_SPEED[1:], *_SIZE, "PSNR\ndB")
-    )
+    table = _table(f"{name}: layer by layer", ("layer", "kind", "now"), ("den-\nsity", *_SIZE, "PSNR\ndB"))
     for layer in layers:
         table.add_row(
             layer.name or "(model)",
             layer.kind,
             _now(layer),
             f"{layer.density:.2f}",
-            *_times(layer.dense_ms, layer.sparse_ms),
             _kilobytes(layer.dense_bytes),
             _kilobytes(layer.sparse_bytes),
             f"{layer.psnr:.1f}",
         )
-    notes = ["each layer alone, at batch 1; PSNR of its output, pruned against dense, float32"]
+    notes = ["PSNR: of the output of each layer, pruned against dense, float32"]
     notes += [f"{layer.name or '(model)'} stays: {layer.why}" for layer in layers if not layer.swapped]
     table.caption = "\n".join(notes)
     return table
@@ -47,7 +44,7 @@ def model_table(results: Sequence[ModelResult]) -> Table:
                 result.name if first else "",
                 f"{result.removed:.0%}" if first else "",
                 str(speed.batch),
-                *_times(speed.dense_ms, speed.sparse_ms),
+                *_times(speed),
                 *(once if first else [""] * len(once)),
             )
     table.caption = "against the dense float32 model in torch eager, in turn; PSNR and SSIM to its images"
@@ -58,7 +55,7 @@ def speed_table(speeds: Sequence[Speed]) -> Table:
     """One row for each batch size."""
     table = _table(None, (), _SPEED)
     for speed in speeds:
-        table.add_row(str(speed.batch), *_times(speed.dense_ms, speed.sparse_ms))
+        table.add_row(str(speed.batch), *_times(speed))
     return table
 
 
@@ -83,11 +80,9 @@ def _table(title: str | None, words: Sequence[str], numbers: Sequence[str]) -> T
     return table
 
 
-def _times(dense_ms: float | None, sparse_ms: float | None) -> tuple[str, str, str]:
+def _times(speed: Speed) -> tuple[str, str, str]:
     """Milliseconds and the speed-up."""
-    if dense_ms is None or sparse_ms is None:
-        return "-", "-", "-"
-    return _short(dense_ms), _short(sparse_ms), f"{_short(dense_ms / sparse_ms, 2)}x"
+    return _short(speed.dense_ms), _short(speed.sparse_ms), f"{_short(speed.speedup, 2)}x"
 
 
 def _short(number: float, digits: int = 3) -> str:
