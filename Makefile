@@ -54,4 +54,4 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info sparsegan/_C*.so
+	rm -rf $(VENV) $(PEERS) build *.egg-info sparsegan/_C*.so

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,8 @@ def _taesd() -> nn.Module:
         raise MissingPackageError(
             f"the TAESD decoder is built by diffusers: pip install diffusers ({error})"
         ) from error
-    return seeded(lambda: AutoencoderTiny().decoder, 8)
+    tiny: Any = AutoencoderTiny  # its configuration makes the attributes
+    return seeded(lambda: tiny().decoder, 8)
 
 
 def _stable_diffusion() -> nn.Module:
@@ -87,7 +89,7 @@ def _stable_diffusion() -> nn.Module:
         ) from error
 
     def build() -> nn.Module:
-        vae = AutoencoderKL(
+        vae: Any = AutoencoderKL(
             in_channels=3,
             out_channels=3,
             down_block_types=("DownEncoderBlock2D",) * 4,

@@ -50,9 +50,11 @@ def build(folder, sanitizer, isas):
     ):
         pytest.skip(f"g++ has no -fsanitize={sanitizer} that runs here")
 
+    flags_of = isa_flags()  # once, since Python 3.11 cannot parse in two threads at a time
+
     def compile_one(source):
-        ends = [end for end in isa_flags() if source.name.endswith(end)]
-        wanted = [flag for end in ends if end[1:-4] in isas for flag in isa_flags()[end]]
+        ends = [end for end in flags_of if source.name.endswith(end)]
+        wanted = [flag for end in ends if end[1:-4] in isas for flag in flags_of[end]]
         made = compiler(*wanted, "-c", str(source), "-o", str(folder / f"{source.stem}.o"))
         assert made.returncode == 0, made.stderr
         return str(folder / f"{source.stem}.o")
