@@ -1003,6 +1003,9 @@ std::unique_ptr<const Prepared> prepare(const GatherGemm& op) {
       if (any[c]) shared[p].push_back(int32_t(c));
     together += double(ceil_div(int64_t(shared[p].size()), 16)) * 4 * (t.groups * t.tiles_m * product + kCopyCycles);
   }
+  // Of fewer than 4 vectors, the weights still have to be loaded, which takes more than half of the time.
+  const int64_t in_all = vectors_per_image(plan) * (plan.in.batch_in_cols ? 1 : plan.in.images);
+  if (in_all < kTileVectors) apart *= 2.4 / double(in_all), together *= 2.4 / double(in_all);
   if (vectors < apart && vectors < together) return nullptr;
   t.shared = together <= apart;
   if (t.shared)
