@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -120,7 +121,11 @@ def check_kernels(model: nn.Module, inputs: tuple[Any, ...]) -> float:
     (normalisation, tanh), one step more or less is carried on by every layer after it: there it is the root mean
     square, relative to that of the reference. Raises WrongKernelError when that is more than rounding.
     """
-    reference = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # torch 2.13 has one about itself when a graph is copied
+        reference = copy.deepcopy(model)
     for module in reference.modules():
         if isinstance(module, SparseLayer | SparseProgram):
             module.backend = "reference"
