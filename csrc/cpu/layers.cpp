@@ -2,11 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <new>
 #include <stdexcept>
 
