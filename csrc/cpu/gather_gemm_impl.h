@@ -769,6 +769,17 @@ void write_store(const GatherGemm& op, const TilePixels& tile, int vectors, int6
   const int block_o = int(w.block_o), per_lane = lane_channels(out.format), interleave = int(plan.interleave);
   const int word_rows = whole_lanes ? block_o / per_lane : block_o;
   const int64_t words = int64_t(vectors) * S::kLanes;
+  if (plan.in.batch_in_cols && per_lane == 1 && out.plane_stride == 1 && w.in_order) {
+    // Rows of a matrix, which lie far apart, often by a power of two: visit each once, not once a channel.
+    const int64_t channel = row * block_o, rows = w.out_channels - channel < block_o ? w.out_channels - channel : block_o;
+    for (int i = 0; i < tile.count; i++) {
+      const Segment& s = tile.segments[i];
+      int32_t* to = reinterpret_cast<int32_t*>(store.data) + out.at(s.n, s.y, s.x) + store.channel + channel;
+      for (const int32_t *from = buffer[0] + s.tile_word, *end = from + s.count; from < end; from++, to += out.image_stride)
+        for (int64_t r = 0; r < rows; r++) to[r] = from[r * words];
+    }
+    return;
+  }
   for (int i = 0; i < word_rows; i++) {
     const int32_t row_channel = w.row_channels[row * block_o + (whole_lanes ? i * per_lane : i)];
     if (row_channel < 0) continue;

@@ -116,7 +116,7 @@ PackedWeight read_weight(const std::vector<Tensor>& weight, int64_t taps, int64_
 Parallel torch_parallel() {
   Parallel parallel;
   parallel.threads = int(torch::stable::get_num_threads());
-  parallel.run = [](int64_t workers, const std::function<void(int64_t)>& body) {
+  parallel.run = [](int64_t workers, Body body) {
     torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) body(i);
     });

@@ -53,12 +53,13 @@ void for_each_task(const Parallel& parallel, int64_t tasks, bool serial, const F
     shares[s].next = s * tasks / threads;
     shares[s].end = (s + 1) * tasks / threads;
   }
-  parallel.run(threads, [&](int64_t worker) {
+  const auto work = [&](int64_t worker) {
     for (int64_t s = 0; s < threads; s++) {
       Share& share = shares[(worker + s) % threads];
       for (int64_t i = share.next++; i < share.end; i = share.next++) run(i);
     }
-  });
+  };
+  parallel.run(threads, {&work, [](const void* callable, int64_t i) { (*static_cast<const decltype(work)*>(callable))(i); }});
 }
 
 // Pixel that stands at place `i` of an axis of `size` pixels; -1: none.
@@ -132,10 +133,16 @@ struct StepPlan {
   Split split;
   int64_t channels = 0, h = 0, w = 0;  // of the result
   bool per_image = false;
-  bool import = false;           // only packs an input into a slot
-  bool mirror = false;           // the ring of x is still to be filled with copies of its pixels
-  std::vector<int64_t> rings;    // slots whose ring this step fills
-  int64_t sums = -1;             // buffers
+  bool import = false;  // only packs an input into a slot
+  bool mirror = false;  // the ring of x is still to be filled with copies of its pixels
+  struct Ring {
+    int64_t slot, first_task;
+  };
+  std::vector<Ring> rings;  // slots whose ring this step fills
+  int64_t ring_tasks = 0;
+  size_t norm_source = 0;  // the step whose sums this one's normalisation reads
+  int64_t totals = -1;     // buffers; this one: float64 [2][rows of the source], [2][channels]
+  int64_t sums = -1;
   int64_t scales = -1;           // [n][2][rows]: normalisation or demodulation
   std::vector<int64_t> factors;  // of each store, -1: none
 };
@@ -277,7 +284,7 @@ std::shared_ptr<const ProgramPlan> Program::make_program_plan(const std::vector<
   // Sizes of everything, and who uses which slot when.
   auto use = [&](int64_t slot, size_t step) {
     SlotPlan& s = p.slots[slot];
-    if (s.first_step < 0) s.first_step = int64_t(step), p.steps[step].rings.push_back(slot);
+    if (s.first_step < 0) s.first_step = int64_t(step), p.steps[step].rings.push_back({slot, 0});
     s.last_step = int64_t(step);
   };
   std::vector<std::vector<size_t>> readers(spec_.slots.size());  // gather-GEMMs
@@ -452,11 +459,25 @@ std::shared_ptr<const ProgramPlan> Program::make_program_plan(const std::vector<
     op.prepared = sp.prepared.get();
     sp.split = p.kernels->split(op, threads);
     if (step.norm_groups || step.demodulation >= 0) sp.scales = buffer(p.n * 2 * (count + kPadding), i);
+    if (step.norm_groups) {
+      const PackedWeight& from = rows_[sp.norm_source].weight;
+      sp.totals = buffer(2 * 2 * (from.rows * from.block_o + sp.channels), i);
+    }
+    // Where stores write every lane there is neither ring nor padding channel to fill.
+    std::erase_if(sp.rings, [&](const StepPlan::Ring& ring) {
+      const LaneLayout& l = p.slots[ring.slot].layout;
+      return l.images * l.channels * l.height * l.width == l.lanes() * lane_channels(l.format);
+    });
+    for (StepPlan::Ring& ring : sp.rings) {
+      ring.first_task = sp.ring_tasks;
+      sp.ring_tasks += line_tasks(pack_lines(p.slots[ring.slot].layout));
+    }
     if (step.stats) {
       size_t last = i;  // the norms that read the sums
       for (size_t j = i + 1; j < spec_.steps.size(); j++)
         for (const StoreSpec& store : step.stores)
-          if (store.slot >= 0 && spec_.steps[j].norm_groups && spec_.steps[j].x == store.slot) last = j;
+          if (store.slot >= 0 && spec_.steps[j].norm_groups && spec_.steps[j].x == store.slot)
+            last = j, p.steps[j].norm_source = i;
       sp.sums = buffer(p.n * sp.split.tiles_per_image * sp.split.phase_rows * 2 * count, last);
     }
   }
@@ -569,20 +590,17 @@ void Program::run_step(const ProgramPlan& p, size_t index, const std::vector<Inp
     e.scale = scale, e.scale_stride = count + kPadding;
   }
   if (step.norm_groups) {
-    size_t producer = index;  // the step whose sums these are
-    for (size_t j = 0; j < index; j++)
-      for (const StoreSpec& store : spec_.steps[j].stores)
-        if (store.slot == step.x) producer = j;
-    const StepPlan& from = p.steps[producer];
-    const PackedWeight& from_rows = rows_[producer].weight;
+    const StepPlan& from = p.steps[sp.norm_source];
+    const PackedWeight& from_rows = rows_[sp.norm_source].weight;
     const int64_t from_count = from_rows.rows * from_rows.block_o, tiles = from.split.tiles_per_image * from.split.phase_rows;
     const double pixels = double(from.h) * double(from.w) * double(sp.channels / step.norm_groups);
     const int64_t group = sp.channels / step.norm_groups;
     float* const scale = floats(sp.scales);
     float* const bias = scale + p.n * (count + kPadding);
-    std::vector<double> totals(2 * from_count), sums(2 * sp.channels);
+    double* const totals = reinterpret_cast<double*>(floats(sp.totals));
+    double* const sums = totals + 2 * from_count;
     for (int64_t n = 0; n < p.n; n++) {
-      std::fill(totals.begin(), totals.end(), 0.0);
+      std::fill(totals, totals + 2 * from_count, 0.0);
       const float* tile = floats(from.sums) + n * tiles * 2 * from_count;
       for (int64_t t = 0; t < tiles; t++, tile += 2 * from_count)
         for (int64_t r = 0; r < 2 * from_count; r++) totals[r] += tile[r];
@@ -645,17 +663,11 @@ void Program::run_step(const ProgramPlan& p, size_t index, const std::vector<Inp
     }
   }
 
-  std::vector<std::pair<int64_t, int64_t>> rings;  // slot, its first task
-  int64_t ring_tasks = 0;
-  for (int64_t slot : sp.rings) {
-    rings.push_back({slot, ring_tasks});
-    ring_tasks += line_tasks(pack_lines(p.slots[slot].layout));
-  }
-  for_each_task(parallel, ring_tasks + sp.split.tasks(), sp.split.dots < kSerialWork, [&](int64_t task) {
-    if (task >= ring_tasks) return p.kernels->run_task(op, sp.split, task - ring_tasks);
-    size_t r = rings.size() - 1;
-    while (rings[r].second > task) r--;
-    pack(rings[r].first, SourceTensor{}, task - rings[r].second);
+  for_each_task(parallel, sp.ring_tasks + sp.split.tasks(), sp.split.dots < kSerialWork, [&](int64_t task) {
+    if (task >= sp.ring_tasks) return p.kernels->run_task(op, sp.split, task - sp.ring_tasks);
+    size_t r = sp.rings.size() - 1;
+    while (sp.rings[r].first_task > task) r--;
+    pack(sp.rings[r].slot, SourceTensor{}, task - sp.rings[r].first_task);
   });
 }
 

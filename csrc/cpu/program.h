@@ -2,7 +2,6 @@
 // then run over one block of memory that the slots share. Torch-free.
 #pragma once
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -12,10 +11,17 @@
 
 namespace sparsegan {
 
+// A callable that outlives the call it is passed to; unlike std::function it never takes memory.
+struct Body {
+  const void* callable = nullptr;
+  void (*call)(const void* callable, int64_t i) = nullptr;
+  void operator()(int64_t i) const { call(callable, i); }
+};
+
 // Runs body(0) .. body(workers - 1), at the same time where it can.
 struct Parallel {
   int threads = 1;
-  std::function<void(int64_t workers, const std::function<void(int64_t)>& body)> run;
+  void (*run)(int64_t workers, Body body) = nullptr;
 };
 
 enum class Padding { kZeros, kReflect, kReplicate };
@@ -92,7 +98,8 @@ class Program {
   // Bytes of packed activations at their peak.
   static int64_t bytes(const ProgramPlan& plan);
 
-  // outputs: contiguous float32 of output_shapes. Safe to call from several threads at once. Throws std::bad_alloc.
+  // outputs: contiguous float32 of output_shapes. Safe to call from several threads at once. The first run of a plan takes memory
+  // and may throw std::bad_alloc; runs after it take none, except one for each more that runs at the same time.
   void run(const ProgramPlan& plan, const std::vector<InputTensor>& inputs, const std::vector<float*>& outputs,
            const Parallel& parallel);
 

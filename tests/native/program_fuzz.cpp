@@ -18,6 +18,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -485,15 +486,18 @@ std::atomic<int64_t> parallel_runs{0};
 Parallel std_parallel(int threads) {
   Parallel parallel;
   parallel.threads = threads;
-  parallel.run = [](int64_t workers, const std::function<void(int64_t)>& body) {
+  parallel.run = [](int64_t workers, Body body) {
     parallel_runs++;
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < workers; i++) others.emplace_back([&body, i] { body(i); });
+    for (int64_t i = 1; i < workers; i++) others.emplace_back([body, i] { body(i); });
     body(0);
     for (std::thread& t : others) t.join();
   };
   return parallel;
 }
+
+// Allocations by operator new of this thread.
+thread_local int64_t allocations = 0;
 
 const float kUnwritten = std::bit_cast<float>(0x7FA5A5A5);
 using Outputs = std::vector<std::vector<float>>;
@@ -506,6 +510,19 @@ Outputs run(Program* program, const std::vector<InputTensor>& inputs, int thread
   for (std::vector<float>& output : outputs) data.push_back(output.data());
   program->run(*plan, inputs, data, std_parallel(threads));
   return outputs;
+}
+
+// A run like one before it on this thread takes no memory.
+void check_steady(Program* program, const std::vector<InputTensor>& inputs) {
+  const auto plan = program->plan(inputs, 1);
+  std::vector<std::vector<float>> outputs;
+  std::vector<float*> data;
+  for (const OutputShape& s : Program::output_shapes(*plan)) outputs.emplace_back(s.n * s.c * s.h * s.w);
+  for (std::vector<float>& output : outputs) data.push_back(output.data());
+  const Parallel serial = std_parallel(1);
+  const int64_t before = allocations;
+  program->run(*plan, inputs, data, serial);
+  if (allocations != before) fail("a run takes memory " + std::to_string(allocations - before) + " times");
 }
 
 bool same(const std::vector<float>& a, const std::vector<float>& b) {
@@ -539,6 +556,7 @@ void check_valid(const Case& c, Random* random) {
       const Outputs got = run(&program, c.inputs, threads);
       for (size_t k = 0; k < got.size(); k++) need(same(got[k], wanted[k]), std::to_string(threads) + " threads differ", k);
     }
+    check_steady(&program, c.inputs);
     std::vector<Outputs> at_once(3);
     std::vector<std::thread> callers;
     for (int i = 0; i < 3; i++)
@@ -722,6 +740,18 @@ void check_hostile(const Case& valid, Random* random) {
 
 }  // namespace
 }  // namespace sparsegan
+
+void* operator new(std::size_t bytes) {
+  sparsegan::allocations++;
+  if (void* memory = std::malloc(bytes ? bytes : 1)) return memory;
+  throw std::bad_alloc();
+}
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
+  sparsegan::allocations++;
+  return std::malloc(bytes ? bytes : 1);
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 // Called by the sanitizers' runtimes, of which GCC has one for each.
 extern "C" void __ubsan_on_report() { sparsegan::print_current(); }
