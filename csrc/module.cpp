@@ -38,14 +38,14 @@ std::string available_isas() {
 }
 
 // All threads at once, as the kernels run: cores slow each other down.
-double dot_peak(ScalarType dtype) {
+double dot_peak(ScalarType dtype, bool loads) {
   const Format format = dtype == ScalarType::Char       ? Format::kInt8
                         : dtype == ScalarType::BFloat16 ? Format::kBFloat16
                                                         : Format::kFloat32;
   const Kernels* kernels = current_kernels();
   std::vector<double> peaks(torch::stable::get_num_threads(), 0.0);
   torch::stable::parallel_for(0, int64_t(peaks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) peaks[i] = kernels->dot_peak(format);
+    for (int64_t i = begin; i < end; i++) peaks[i] = kernels->dot_peak(format, loads);
   });
   double sum = 0;
   for (double p : peaks) sum += p;

@@ -15,10 +15,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks import bench_layers, bench_models, shapes
+from benchmarks import bench_layers, bench_models, roofline, shapes
 from benchmarks.report import row_table, target_table, targets
+from benchmarks.roofline import Ceilings, least_time
 from benchmarks.timing import Row, WrongOutputError, check_outputs, rivals_of, time_in_turn
+from sparsegan import ops
+from sparsegan.formats import pack
 from sparsegan.layers import SparseConv2d
+from sparsegan.ops.program import Program, Slot, Step, Store
 from sparsegan.patterns import BlockPattern, detect_pattern, weight_view
 from sparsegan.prune import count_macs
 from sparsegan.report import WrongKernelError
@@ -268,3 +272,28 @@ def test_a_run_keeps_its_json(tmp_path: Path):
     assert all(entry["extra_info"]["executed_gmacs"] > 0 for entry in written["benchmarks"])
     assert "data" not in written["benchmarks"][0]["stats"]
     assert f'"{platform.node()}"' not in path.read_text() and os.getcwd() not in path.read_text()
+
+
+def test_the_bound_of_a_program_by_hand():
+    view = torch.zeros(8, 9, 64, dtype=torch.int8)
+    view[:, :3] = 1  # a third of the blocks
+    conv = Step("conv2d", 0, (Store(~0),), pack(view, torch.int8, (8, 4)), kernel_size=(3, 3), padding=(1, 1))
+    program = Program((Slot(64, "u8", 0.1),), (Step("pointwise", ~0, (Store(0),)), conv), 1, 1)
+    shape = (2, 64, 5, 5)
+    dense, kept, pixels = 8 * 9 * 64, 8 * 3 * 64, 2 * 5 * 5
+    copies = {1: 1e30}
+    vector = least_time(program, [shape], Ceilings(vector=1.0, matrix=2.0, copies=copies))
+    assert vector == pytest.approx((kept * pixels / 1e9, dense * pixels, kept * pixels))
+    matrix = least_time(program, [shape], Ceilings(vector=1.0, matrix=9.0, copies=copies))
+    assert matrix[0] == pytest.approx(dense * pixels / 9e9)
+    bytes_only = least_time(program, [shape], Ceilings(vector=1e30, matrix=0.0, copies={1000: 1e3}))
+    moved = 64 * pixels * (4 + 1) + 64 * pixels + 8 * pixels * 4 + kept
+    assert bytes_only[0] == pytest.approx(moved / 1e3)
+
+
+@pytest.mark.skipif(ops.extension_error() is not None, reason=str(ops.extension_error()))
+def test_ceilings_are_measured():
+    ceilings = roofline.measure()
+    assert ceilings.vector > 1 and (ceilings.matrix > 0) == (ops.available_isas()[0] == "avx512_amx")
+    assert all(rate > 1e8 for rate in ceilings.copies.values())
+    assert ops.isa() == ops.available_isas()[0] or "SPARSEGAN_ISA" in os.environ

@@ -111,8 +111,9 @@ struct Kernels {
   void (*pack_line)(const LaneLayout& layout, const SourceTensor& x, float inv_scale, int32_t zero, uint8_t* lanes, int64_t line);
   // Whether all values lie in [0, limit).
   bool (*below)(const int32_t* values, int64_t count, int32_t limit);
-  // Giga multiply-adds a second of the dot product instruction alone, on this thread, for about 10 ms.
-  double (*dot_peak)(Format format);
+  // Giga multiply-adds a second of the dot product instruction alone, on this thread, for about 10 ms. loads: of the matrix unit,
+  // with the loads of tiles of a kernel that keeps four sums; of others the same.
+  double (*dot_peak)(Format format, bool loads);
 };
 
 inline int64_t pack_lines(const LaneLayout& l) {

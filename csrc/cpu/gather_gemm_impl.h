@@ -1195,14 +1195,26 @@ void run_tile_task(const GatherGemm& op, const Split& split, const TilePixels& t
     });
 }
 
-double measure_tile_peak() {
+// loads: with those of a kernel that keeps four sums, two tiles of each operand for four products; weights from L2, columns from
+// L1.
+double measure_tile_peak(bool loads) {
   const Tiles::Scope scope(Tiles::kRows);
+  constexpr int64_t kWeights = 256 << 10, kColumns = 16 << 10, kStep = 2 * Tiles::kBytes;
+  std::vector<int8_t> memory(kWeights + kColumns + 64, 1);
+  const int8_t* weights = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  const int8_t* columns = weights + kWeights;
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
   double seconds = 0;
   int64_t rounds = 0;
   while (seconds < 0.01) {
-    for (int i = 0; i < 1024; i++) Tiles::dot<0, 6, 4>(), Tiles::dot<1, 6, 5>(), Tiles::dot<2, 7, 4>(), Tiles::dot<3, 7, 5>();
+    for (int64_t i = 0; i < 1024; i++) {
+      if (loads) {
+        const int8_t *a = weights + i * kStep % kWeights, *b = columns + i * kStep % kColumns;
+        Tiles::load<4>(b), Tiles::load<6>(a), Tiles::load<7>(a + Tiles::kBytes), Tiles::load<5>(b + Tiles::kBytes);
+      }
+      Tiles::dot<0, 6, 4>(), Tiles::dot<2, 7, 4>(), Tiles::dot<1, 6, 5>(), Tiles::dot<3, 7, 5>();
+    }
     rounds += 1024;
     seconds = std::chrono::duration<double>(Clock::now() - start).count();
   }
@@ -1379,11 +1391,11 @@ double measure_dot_peak() {
   return double(rounds) * kChains * S::kLanes * lane_channels(T::kFormat) / seconds / 1e9;
 }
 
-double dot_peak(Format format) {
+double dot_peak(Format format, [[maybe_unused]] bool loads) {
   switch (format) {
     case Format::kInt8:
 #if defined(__AMX_INT8__)
-      return measure_tile_peak();
+      return measure_tile_peak(loads);
 #else
       return measure_dot_peak<Int8>();
 #endif

@@ -34,7 +34,7 @@ LIBRARY = torch.library.Library("sparsegan", "DEF")
 LIBRARY.define("set_isa(str name) -> ()")
 LIBRARY.define("isa() -> str")
 LIBRARY.define("available_isas() -> str")
-LIBRARY.define("dot_peak(ScalarType dtype) -> float")
+LIBRARY.define("dot_peak(ScalarType dtype, bool loads) -> float")
 
 try:
     importlib.import_module("sparsegan._C")
@@ -120,12 +120,13 @@ def set_isa(name: str | None) -> None:
     torch.ops.sparsegan.set_isa(name or "")
 
 
-def dot_peak(dtype: torch.dtype = torch.int8) -> float:
+def dot_peak(dtype: torch.dtype = torch.int8, loads: bool = False) -> float:
     """Giga multiply-adds a second that the dot-product instruction of `dtype` reaches on all threads from registers.
 
     The ceiling of the kernels, measured now (about 10 ms); 0.0 without the extension. dtype: int8, bfloat16 or float32.
+    loads: on AMX int8, with the loads of tiles that four sums in registers need, weights from L2; elsewhere no difference.
     """
-    return 0.0 if _EXTENSION_ERROR else torch.ops.sparsegan.dot_peak(dtype)
+    return 0.0 if _EXTENSION_ERROR else torch.ops.sparsegan.dot_peak(dtype, loads)
 
 
 def check_input(op: str, x: Tensor, dims: int, in_channels: int) -> None:

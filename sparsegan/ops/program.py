@@ -572,9 +572,12 @@ def _check_window(step: Step, where: str, need: Callable[[bool, str, str], None]
         need(good, where, f"have a view of three sizes, got {step.view}")
 
 
-def output_shapes(program: Program, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Shapes of the outputs for inputs of these shapes, sizes of which may be symbolic; of a valid program."""
+def step_shapes(
+    program: Program, inputs: Sequence[tuple[int, ...]]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """[N, C, H, W] of what each step reads and computes, for inputs of these shapes, whose sizes may be symbolic."""
     sizes: dict[int, tuple[int, ...]] = {~k: (*shape, 1, 1)[:4] for k, shape in enumerate(inputs)}
+    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     for step in program.steps:
         n, c, h, w = sizes[step.x]
         if step.weight is not None:
@@ -591,11 +594,20 @@ def output_shapes(program: Program, inputs: Sequence[tuple[int, ...]]) -> list[t
             if step.view is not None:
                 c, h, w = step.view
             c, h, w = c // step.shuffle**2, h * step.shuffle * step.upsample, w * step.shuffle * step.upsample
+        shapes.append((sizes[step.x], (n, c, h, w)))
         for store in step.stores:
             whole = program.slots[store.slot].channels if store.slot >= 0 else c
             sizes[store.slot] = (n, whole, h, w)
+    return shapes
+
+
+def output_shapes(program: Program, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Shapes of the outputs for inputs of these shapes, sizes of which may be symbolic; of a valid program."""
     rows = program.rows or (False,) * program.outputs
-    return [sizes[~k][: 2 if rows[k] else 4] for k in range(program.outputs)]
+    shapes: dict[int, tuple[int, ...]] = {}
+    for step, (_, shape) in zip(program.steps, step_shapes(program, inputs), strict=True):
+        shapes |= {~store.slot: shape for store in step.stores if store.slot < 0}
+    return [shapes[k][: 2 if rows[k] else 4] for k in range(program.outputs)]
 
 
 _FORMATS = {"u8": 0, "bf16": 1, "f32": 2}  # in the order of csrc/packed.h
