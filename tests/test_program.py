@@ -349,6 +349,37 @@ def compare(program, inputs, runner):
     assert_agree(program, got, wanted)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("height", "density"), [(8, 1.0), (4, 0.25), (16, 0.25), (32, 0.25), (8, 0.05)])
+@pytest.mark.parametrize(
+    ("kind", "channels", "size", "batch", "geometry"),
+    [
+        # vectors one above the other, many tiles a task
+        (nn.Conv2d, (64, 40), (33, 48), 2, {"kernel_size": 3, "padding": 1}),
+        (nn.Conv2d, (64, 64), (3, 16), 1, {"kernel_size": (2, 1), "padding": (0, 0)}),
+        # vectors beyond the ends of rows
+        (nn.Conv2d, (24, 104), (4, 5), 3, {"kernel_size": 3, "padding": 1}),
+        (nn.Conv2d, (128, 72), (1, 19), 1, {"kernel_size": 1}),
+        (nn.Conv2d, (68, 48), (19, 37), 1, {"kernel_size": (5, 2), "stride": 2, "dilation": (1, 2)}),
+        (nn.ConvTranspose2d, (64, 80), (9, 16), 2, {"kernel_size": 4, "stride": 2, "padding": 1}),
+    ],
+)
+def test_many_channels_in_blocks_of_any_height(kind, channels, size, batch, geometry, height, density):
+    layer = kind(*channels, **geometry)
+    view = weight_view(layer)
+    keep = torch.rand(-(-channels[1] // height), view.shape[1], -(-channels[0] // 4)) < density
+    # in place: the view shares the layer's storage
+    view *= keep.repeat_interleave(height, 0)[: channels[1]].repeat_interleave(4, 2)[..., : channels[0]]
+    slots = (Slot(channels[0], **U8), Slot(channels[1], "u8", 0.01, 90))
+    convolution = gemm(layer, 0, Store(1), Store(~0), slot=slots[0], act=Act("leaky_relu", 0.2))
+    steps = (entry(0), convolution, Step("pointwise", 1, (Store(~1),), residual=1))
+    program, x = Program(slots, steps, 1, 2), [torch.randn(batch, channels[0], *size)]
+    wanted = reference(program, x)
+    for runner in ISAS:
+        with running_on(runner) as backend:
+            assert_agree(program, Engine(program, backend).run(x), wanted)
+
+
 @pytest.mark.skipif(ops.extension_error() is not None, reason="there is nothing native to free")
 def test_an_engine_that_goes_while_torch_traces_leaves_no_trace():
     program = Program(f32(4), (entry(0), gemm(nn.Conv2d(4, 4, 1), 0, Store(~0))), 1, 1)

@@ -60,7 +60,14 @@ def build(folder, sanitizer, isas):
         return str(folder / f"{source.stem}.o")
 
     # the kernels take longest, so they come first
-    sources = [*CPU.glob("gather_gemm_*.cpp"), CPU / "program.cpp", FUZZ, CPU / "plan.cpp", CPU / "isa.cpp"]
+    sources = [
+        *CPU.glob("gather_gemm_*.cpp"),
+        CPU / "program.cpp",
+        CPU / "memory.cpp",
+        FUZZ,
+        CPU / "plan.cpp",
+        CPU / "isa.cpp",
+    ]
     sources.sort(key=lambda source: source.stem.removeprefix("gather_gemm_") not in (*isas, "portable"))
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))

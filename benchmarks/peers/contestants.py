@@ -250,6 +250,8 @@ CONTESTANTS = {
         _sparsegan(0.25, (8, 4)),
         _sparsegan(0.1, (8, 4)),
         _sparsegan(0.25, (4, 4)),
+        _sparsegan(0.25, (16, 4)),
+        _sparsegan(0.1, (16, 4)),
         _peer("ONNX Runtime", _onnxruntime),
         _peer("ONNX Runtime int8", _onnxruntime_int8),
         _peer("compile", _compile),

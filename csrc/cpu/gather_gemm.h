@@ -84,13 +84,15 @@ struct Split {
   int64_t vectors = 0;          // vectors of raster pixels: of one image when per_image, else of all
   int64_t tiles_per_image = 0;  // per_image: tiles of one image
   int64_t tiles = 0;            // groups of at most kMaxV vectors, in all
+  int64_t tile_group = 1;       // tiles a task takes one after another
   int64_t row_group = 0;        // packed rows a task
   int64_t row_groups = 0;
   int64_t phase_rows = 0;             // groups of plan->interleave phases
-  int64_t strip = 0;                  // tiles that all row groups visit before the next tiles: their input stays in L2
+  int64_t strip = 0;                  // groups of tiles that all row groups visit before the next tiles: their input stays in L2
   bool whole_lanes[kMaxStores] = {};  // packed rows lie in channel order, so a lane of the store is written whole
   int64_t dots = 0;                   // dot products of one vector in all tasks, about: whether threads are worth waking
-  int64_t tasks() const { return tiles * row_groups * phase_rows; }
+  int64_t tile_groups() const { return (tiles + tile_group - 1) / tile_group; }
+  int64_t tasks() const { return tile_groups() * row_groups * phase_rows; }
 };
 
 // float32 source of any strides (in elements); data == nullptr: only the ring and the padding channels are written.

@@ -1,12 +1,17 @@
 // The kernels of gather_gemm.h over the vector type of simd.h. Included by one file an instruction set, which defines
 // SPARSEGAN_ISA (the name) and SPARSEGAN_KERNELS (the function that gives out the table).
 #pragma once
+#include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <map>
+#include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "gather_gemm.h"
+#include "memory.h"
 #include "simd.h"
 
 namespace sparsegan {
@@ -16,6 +21,7 @@ using S = Simd;
 constexpr int kMaxR = 8;
 constexpr int kMaxV = S::kMaxV4 > S::kMaxV8 ? S::kMaxV4 : S::kMaxV8;
 constexpr int kPreparedV = 4, kPreparedRows = 32;  // vectors and channels that the matrix unit takes at once
+constexpr int kMostTiles = 8;                      // of a task, with the matrix unit
 constexpr int kGroupChannels = 128;                // output channels of a task, see make_split
 constexpr int kTileWords = 32 * S::kLanes;         // the largest R * V tile
 static_assert(8 * S::kMaxV8 <= 32 && 4 * S::kMaxV4 <= 32, "a tile must fit kTileWords");
@@ -357,7 +363,8 @@ struct WordTarget {
 
 // One packed row of a tile at one output phase.
 struct RowTile {
-  const int32_t* acc;       // [block_o][vectors][lanes]
+  const int32_t* acc;  // [block_o][vectors][lanes]
+  int vectors;
   int64_t first;            // row * block_o, where arrays by packed row begin
   int64_t image;            // of the tile, where images do not share one
   const Reader* source;     // pointwise steps, instead of acc
@@ -402,18 +409,20 @@ struct RowTile {
   }
 }
 
+// Packed rows [4 * first, 4 * last) of the tile, vectors [begin, end).
 template <class T, Activation kActivation>
-void finish_rows(const Epilogue& e, const RowTile& tile, int block_o, int vectors) {
+void finish_rows(const Epilogue& e, const RowTile& tile, int first, int last, int begin, int end) {
   const float* scales = e.scale + tile.image * e.scale_stride + tile.first;
   const float* biases = e.bias + tile.image * e.bias_stride + tile.first;
-  for (int i = 0; i < block_o / 4; i++) {
+  const int vectors = tile.vectors;
+  for (int i = first; i < last; i++) {
     S::F scale[4], bias[4], sum[4], square[4];
     for (int j = 0; j < 4; j++) {
       scale[j] = S::set1(scales[4 * i + j]);
       bias[j] = S::set1(biases[4 * i + j]);
       sum[j] = square[j] = S::set1(0.0f);
     }
-    for (int v = 0; v < vectors; v++) {
+    for (int v = begin; v < end; v++) {
       S::F y[4], other[4];
       if (tile.source)
         tile.source->load(tile.first + 4 * i, i, v, vectors, y);
@@ -455,18 +464,19 @@ bool is_plain(const Epilogue& e, const bool* whole_lanes) {
 
 // Of accumulators; pointwise steps go the general way.
 template <class T, Activation kActivation>
-void finish_plain_rows(const Epilogue& e, const RowTile& tile, int block_o, int vectors) {
+void finish_plain_rows(const Epilogue& e, const RowTile& tile, int first, int last, int begin, int end) {
   const float* scales = e.scale + tile.image * e.scale_stride + tile.first;
   const float* biases = e.bias + tile.image * e.bias_stride + tile.first;
   const Store& store = e.stores[0];
   const bool multiply = store.inv_scale != 1.0f;
-  for (int i = 0; i < block_o / 4; i++) {
+  const int vectors = tile.vectors;
+  for (int i = first; i < last; i++) {
     S::F scale[4], bias[4];
     for (int j = 0; j < 4; j++) {
       scale[j] = S::set1(scales[4 * i + j]);
       bias[j] = S::set1(biases[4 * i + j]);
     }
-    for (int v = 0; v < vectors; v++) {
+    for (int v = begin; v < end; v++) {
       S::I q[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
@@ -480,7 +490,7 @@ void finish_plain_rows(const Epilogue& e, const RowTile& tile, int block_o, int 
   }
 }
 
-using FinishRows = void (*)(const Epilogue&, const RowTile&, int, int);
+using FinishRows = void (*)(const Epilogue&, const RowTile&, int, int, int, int);
 template <class T>
 constexpr FinishRows kFinishPlainRows[kActivations] = {
     finish_plain_rows<T, Activation::kNone>,      finish_plain_rows<T, Activation::kRelu>,
@@ -524,6 +534,11 @@ bool fills_lanes(const PackedWeight& w, const Store& store) {
   return whole;
 }
 
+// Of a layer that is prepared: packed rows of a task.
+int64_t rows_in_l2(const GatherGemm& op);
+// And how far its pairs of vectors lie apart, in bytes, where one is above the other; else 0.
+int64_t vertical_pairs(const GatherGemm& op);
+
 Split make_split(const GatherGemm& op, int threads) {
   const PackedWeight& w = *op.weight;
   const Plan& plan = *op.plan;
@@ -533,15 +548,18 @@ Split make_split(const GatherGemm& op, int threads) {
   s.tiles_per_image = ceil_div(s.vectors, most);
   s.tiles = s.tiles_per_image * (op.per_image ? plan.in.images : 1);
   s.phase_rows = plan.pixels ? 1 : int64_t(plan.phases.size()) / plan.interleave;
-  s.strip = ceil_div(s.tiles, ceil_div(ceil_div(s.tiles, 16), threads) * threads);
   // 128 output channels a task keep the tile's input in L1 while the weights pass; fewer when tasks would not go round.
-  s.row_group = op.prepared ? w.rows : kGroupChannels / w.block_o;
+  s.row_group = op.prepared ? rows_in_l2(op) : kGroupChannels / w.block_o;
   const int64_t least = op.prepared ? kPreparedRows / w.block_o : 1;
   s.row_group = ceil_div(s.row_group, least) * least;
   while (s.row_group / 2 >= least && s.row_group / 2 % least == 0 &&
          s.tiles * s.phase_rows * ceil_div(w.rows, s.row_group) < 6 * threads)
     s.row_group /= 2;
   s.row_groups = ceil_div(w.rows, s.row_group);
+  // the matrix unit finishes a tile during the products of the next
+  while (op.prepared && s.tile_group < kMostTiles && s.tile_groups() * s.row_groups * s.phase_rows >= 16 * threads)
+    s.tile_group *= 2;
+  s.strip = ceil_div(s.tile_groups(), ceil_div(ceil_div(s.tiles, 16), threads) * threads);
   for (int i = 0; i < op.epilogue.store_count; i++) s.whole_lanes[i] = fills_lanes(w, op.epilogue.stores[i]);
   const int64_t all_vectors = s.vectors * (op.per_image ? plan.in.images : 1);
   // without weights about ten instructions a vector of one channel
@@ -578,6 +596,7 @@ void find_pixels(const GatherGemm& op, int64_t image, int64_t first, int vectors
   const Plan& plan = *op.plan;
   const LaneLayout& in = plan.in;
   const int64_t per_image = vectors_per_image(plan), per_row = ceil_div(plan.raster_w, S::kLanes);
+  const bool vertical = op.prepared && vertical_pairs(op) != 0;
   tile->image = image;
   tile->count = 0;
   for (int v = 0; v < vectors; v++) {
@@ -586,7 +605,13 @@ void find_pixels(const GatherGemm& op, int64_t image, int64_t first, int vectors
     if (plan.flat) {
       p = index * S::kLanes / plan.pitch, q = index * S::kLanes % plan.pitch, lanes = S::kLanes;
     } else {
-      p = index / per_row, q = index % per_row * S::kLanes, lanes = plan.raster_w - q;
+      p = index / per_row, q = index % per_row;
+      if (vertical) {  // down and up in bands of two rows, the last of which may have one
+        const int64_t band = index / (2 * per_row) * 2, in_band = index - band * per_row;
+        const int64_t height = band + 1 < plan.raster_h ? 2 : 1;
+        p = band + in_band % height, q = in_band / height;
+      }
+      q *= S::kLanes, lanes = plan.raster_w - q;
       if (lanes > S::kLanes) lanes = S::kLanes;
     }
     const int64_t pixel = plan.pixels ? 0 : p * in.row_stride + q;
@@ -811,76 +836,118 @@ void write_store(const GatherGemm& op, const TilePixels& tile, int vectors, int6
   }
 }
 
-// What follows once the accumulators of a packed row are known: `compute(phase, acc)` fills them.
-template <class T, class Compute>
-void finish_tile(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t row, int64_t phase_row,
-                 TileMemory* memory, const Compute& compute) {
-  const Plan& plan = *op.plan;
-  const PackedWeight& w = *op.weight;
-  const Epilogue& e = op.epilogue;
-  const int block_o = int(w.block_o), interleave = int(plan.interleave);
-  const int64_t words = int64_t(vectors) * S::kLanes;
-  const int32_t* channels = w.row_channels + row * block_o;
+// What follows once the accumulators of a packed row are known, for the rows of a tile one after another.
+template <class T>
+class RowFinish {
+ public:
+  RowFinish(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t phase_row, TileMemory* memory)
+      : op_(op), split_(split), tile_(tile), memory_(memory), phase_row_(phase_row), vectors_(vectors) {
+    rows_.vectors = vectors;
+    rows_.image = tile.image;
+    rows_.whole_lanes = split.whole_lanes;
+    rows_.target = targets_;
+    rows_.sums = rows_.squares = nullptr;
+    rows_.source = op.source ? &tile.source : nullptr;
+    rows_.residual = op.epilogue.residual ? &tile.residual : nullptr;
+    finish_ = choose_finish<T>(op.epilogue, split.whole_lanes, op.source != nullptr);
+  }
+  RowFinish(const RowFinish&) = delete;
+  RowFinish& operator=(const RowFinish&) = delete;
 
-  WordTarget targets[kMaxStores];
-  for (int s = 0; s < e.store_count; s++) {
-    const Store& store = e.stores[s];
-    const LaneLayout& out = *store.layout;
-    const int per_lane = lane_channels(out.format);
-    const bool whole = split.whole_lanes[s];
-    targets[s].columns = &tile.columns[s];
-    for (int i = 0; i < (whole ? block_o / per_lane : block_o); i++) {
-      const int32_t channel = channels[whole ? i * per_lane : i];
-      targets[s].row[i] = channel < 0 ? nullptr
-                          : tile.columns[s].direct
-                              ? reinterpret_cast<int32_t*>(store.data) + (store.channel + channel) / per_lane * out.plane_stride
-                              : memory->words[s][0] + i * words;
+  void begin(int64_t row) {
+    const PackedWeight& w = *op_.weight;
+    const Epilogue& e = op_.epilogue;
+    const int block_o = int(w.block_o);
+    row_ = row;
+    rows_.first = row * block_o;
+    for (int s = 0; s < e.store_count; s++) {
+      const Store& store = e.stores[s];
+      const LaneLayout& out = *store.layout;
+      const int per_lane = lane_channels(out.format);
+      const bool whole = split_.whole_lanes[s];
+      targets_[s].columns = &tile_.columns[s];
+      for (int i = 0; i < (whole ? block_o / per_lane : block_o); i++) {
+        const int32_t channel = w.row_channels[rows_.first + (whole ? i * per_lane : i)];
+        targets_[s].row[i] = channel < 0               ? nullptr
+                             : tile_.columns[s].direct ? reinterpret_cast<int32_t*>(store.data) +
+                                                             (store.channel + channel) / per_lane * out.plane_stride
+                                                       : memory_->words[s][0] + i * vectors_ * S::kLanes;
+      }
+    }
+    if (e.sums) {
+      const int64_t tile = tile_.image * split_.tiles_per_image * split_.phase_rows + tile_.index;
+      rows_.sums = e.sums + tile * 2 * w.rows * block_o + rows_.first;
+      rows_.squares = rows_.sums + w.rows * block_o;
+      for (int r = 0; r < block_o; r++) rows_.sums[r] = rows_.squares[r] = 0;
     }
   }
 
-  RowTile rows;
-  rows.first = row * block_o;
-  rows.image = tile.image;
-  rows.whole_lanes = split.whole_lanes;
-  rows.target = targets;
-  rows.sums = rows.squares = nullptr;
-  if (e.sums) {
-    rows.sums = e.sums + (tile.image * split.tiles_per_image * split.phase_rows + tile.index) * 2 * w.rows * block_o + rows.first;
-    rows.squares = rows.sums + w.rows * block_o;
-    for (int r = 0; r < block_o; r++) rows.sums[r] = rows.squares[r] = 0;
-  }
-  const FinishRows finish = choose_finish<T>(e, split.whole_lanes, op.source != nullptr);
-
-  rows.source = op.source ? &tile.source : nullptr;
-  rows.residual = e.residual ? &tile.residual : nullptr;
-
-  for (int b = 0; b < interleave; b++) {
-    rows.acc = compute(phase_row * interleave + b);
-    if (e.residual && !tile.residual.direct)
+  // At output phase b of the phase row, which has these accumulators: [block_o][vectors][lanes].
+  void begin_phase(int b, const int32_t* acc) {
+    const PackedWeight& w = *op_.weight;
+    const int block_o = int(w.block_o);
+    rows_.acc = acc;
+    rows_.real = memory_->real[b];
+    if (rows_.residual && !tile_.residual.direct)
       for (int r = 0; r < block_o; r++)
-        if (channels[r] >= 0) load_residual(op, tile, channels[r], b, memory->residual + r * words);
-    rows.real = memory->real[b];
+        if (w.row_channels[rows_.first + r] >= 0)
+          load_residual(op_, tile_, w.row_channels[rows_.first + r], b, memory_->residual + r * vectors_ * S::kLanes);
     if (b > 0)
-      for (int s = 0; s < e.store_count; s++)
+      for (int s = 0; s < op_.epilogue.store_count; s++)
         for (int i = 0; i < kMaxR; i++)
-          if (i < block_o && targets[s].row[i]) targets[s].row[i] = memory->words[s][b] + i * words;
-    finish(e, rows, block_o, vectors);
+          if (i < block_o && targets_[s].row[i]) targets_[s].row[i] = memory_->words[s][b] + i * vectors_ * S::kLanes;
   }
-  for (int s = 0; s < e.store_count; s++)
-    if (!tile.columns[s].direct) write_store(op, tile, vectors, row, e.stores[s], split.whole_lanes[s], memory->words[s]);
-}
+
+  // Channels [4 * first, 4 * last) of the row, vectors [begin, end).
+  void finish(int first, int last, int begin, int end) { finish_(op_.epilogue, rows_, first, last, begin, end); }
+
+  // After the last phase.
+  void end() {
+    for (int s = 0; s < op_.epilogue.store_count; s++)
+      if (!tile_.columns[s].direct)
+        write_store(op_, tile_, vectors_, row_, op_.epilogue.stores[s], split_.whole_lanes[s], memory_->words[s]);
+  }
+
+  // `compute(phase)` gives the accumulators.
+  template <class Compute>
+  void run(int64_t row, const Compute& compute) {
+    begin(row);
+    for (int b = 0; b < op_.plan->interleave; b++) {
+      begin_phase(b, compute(phase_row_ * op_.plan->interleave + b));
+      finish(0, int(op_.weight->block_o / 4), 0, vectors_);
+    }
+    end();
+  }
+
+ private:
+  const GatherGemm& op_;
+  const Split& split_;
+  const TilePixels& tile_;
+  TileMemory* memory_;
+  const int64_t phase_row_;
+  const int vectors_;
+  int64_t row_ = 0;
+  WordTarget targets_[kMaxStores];
+  RowTile rows_;
+  FinishRows finish_;
+};
 
 template <class T>
-void run_row(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t row, int64_t phase_row,
-             TileMemory* memory) {
+void run_rows(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t first_row, int64_t last_row,
+              int64_t phase_row, TileMemory* memory) {
   TileInput in;
   for (int v = 0; v < vectors; v++) in.x[v] = tile.x[v];
   in.offsets = op.plan->offsets.data();
   in.plane_bytes = 4 * op.plan->in.plane_stride;
-  finish_tile<T>(op, split, tile, vectors, row, phase_row, memory, [&](int64_t phase) {
-    compute_rows<T>(op, tile, vectors, row, phase, &in, memory->acc);
-    return memory->acc;
-  });
+  RowFinish<T> finish(op, split, tile, vectors, phase_row, memory);
+  for (int64_t row = first_row; row < last_row; row++)
+    finish.run(row, [&](int64_t phase) {
+      if (!op.source)
+        compute_rows<T>(op, tile, vectors, row, phase, &in, memory->acc);
+      else if (!tile.source.direct)
+        load_rows(op, tile, vectors, row * op.weight->block_o, int(op.weight->block_o), memory->acc);
+      return memory->acc;
+    });
 }
 
 // One pixel in, one out, such as a linear layer at a small batch: the channels lie side by side, so they are the lanes.
@@ -932,6 +999,27 @@ void run_single_pixel(const GatherGemm& op, const TilePixels& tile, int vectors,
   }
 }
 
+// All of a tile but its accumulators; returns the number of its vectors.
+int find_tile(const GatherGemm& op, const Split& split, int64_t t, int64_t phase_row, TilePixels* tile, TileMemory* memory) {
+  const int64_t image = t / split.tiles_per_image, in_image = t % split.tiles_per_image;
+  const int64_t first = in_image * split.vectors / split.tiles_per_image;
+  const int64_t last = (in_image + 1) * split.vectors / split.tiles_per_image;
+  const int vectors = int(last - first);
+  find_pixels(op, image, first, vectors, op.plan->phases[phase_row * op.plan->interleave], tile);
+  tile->index = phase_row * split.tiles_per_image + in_image;
+  find_columns(op, split, vectors, tile);
+  if (op.epilogue.sums) mark_real(*tile, *op.plan, memory);
+  if (op.source) {
+    find_lanes(op, *op.source, 1, op.upsample == 1 && op.shuffle == 1, *tile, vectors, &tile->source);
+    tile->source.buffer = reinterpret_cast<const float*>(memory->acc);
+  }
+  if (op.epilogue.residual) {
+    find_lanes(op, *op.epilogue.residual, op.epilogue.residual_upsample, op.weight->in_order, *tile, vectors, &tile->residual);
+    tile->residual.buffer = memory->residual;
+  }
+  return vectors;
+}
+
 // ---- many output channels at once, int8: the matrix unit
 // ------------------------------------------------------------------------
 //
@@ -945,36 +1033,144 @@ void run_single_pixel(const GatherGemm& op, const TilePixels& tile, int vectors,
 
 constexpr int kGroupRows = kPreparedRows;  // output channels of a group
 constexpr int kTileVectors = kPreparedV;   // of pixels
-// Of shared columns this many steps are copied at once: 4 vectors of them, and the weights of a group, stay in L1 (36 of 48 KiB)
-// while all groups pass.
-constexpr int64_t kStepsInL1 = 6;
 constexpr int kAccWords = kGroupRows * kTileVectors * S::kLanes;
+constexpr int64_t kWeightsInL2 = 1280 << 10;
+constexpr int64_t kAhead = 2;  // steps from the copy of columns to their product
+// Copies that are used once stay in L1: steps take turns in this many, two vectors each. More than kAhead.
+constexpr int64_t kRingSteps = 4;
+constexpr int64_t kSharedSlots = 1024;  // of copies that all groups use, at most; in L2
 
 struct TileWeight : Prepared {
+  // 16 columns. Of each vector of a pair: the slot of their copy, and whether that is still to be made.
+  struct Step {
+    int32_t offsets[16];  // bytes, as in Plan
+    uint16_t slot[2];
+    bool copy[2];
+  };
   struct Group {
-    int64_t steps = 0;    // of 16 columns
-    int64_t offsets = 0;  // first of steps * 16 in `offsets`
-    int64_t tiles = 0;    // first of steps * tiles_m in `tiles`, a step's tiles side by side
+    int64_t count = 0;  // of steps
+    int64_t steps = 0;  // first of `count` in `steps`, and, where there are vertical pairs, of as many for them behind those
+    int64_t tiles = 0;  // first of count * tiles_m in `tiles`, a step's tiles side by side
   };
   int rows_m = 16;         // of a tile of weights
   int tiles_m = 2;         // tiles of weights a group
   int64_t group_rows = 0;  // packed rows a group
   int64_t groups = 0;
-  int64_t most_steps = 0;
-  bool shared = false;           // all groups use the same columns
-  std::vector<Group> by_phase;   // [phases][groups]
-  std::vector<int32_t> offsets;  // bytes, as in Plan; the last step is filled up with a column whose weights are zero
+  bool shared = false;          // all groups use the same columns
+  int64_t slots = 0;            // for the copies of an item
+  int64_t pair_bytes = 0;       // from one vector to the next of a vertical pair, which share copies; 0: there are none
+  std::vector<Group> by_phase;  // [phases][groups]
+  std::vector<Step> steps;      // the last columns of a group may have no weights
   std::vector<int8_t> bytes;
   const int8_t* tiles = nullptr;  // aligned, in `bytes`
   const Group& at(int64_t phase, int64_t group) const { return by_phase[phase * groups + group]; }
 };
 
-// Cycles, measured on Granite Rapids with two threads: a product of tiles with its loads, which come from L2 and, of weights
-// beyond its size, from L3; the copy of 16 columns of one vector; a block of the vector kernel on four vectors.
-constexpr double kCopyCycles = 100;
-constexpr int64_t kWeightsInL2 = 1 << 20;
-constexpr double product_cycles(int64_t weight_bytes) { return weight_bytes <= kWeightsInL2 ? 41 : 60; }
-constexpr double block_cycles(int64_t block_o) { return block_o == 8 ? 28 : 17; }
+// Cycles of a vector, measured on Granite Rapids with two threads.
+// Products with one or two tiles of weights and their loads, which come from L2 and, of weights beyond its size, from L3.
+constexpr double product_cycles(int tiles_m, int64_t steps) {
+  return (tiles_m == 2 ? 65 : 45) * (steps * tiles_m * Tiles::kBytes <= kWeightsInL2 ? 1 : 1.2);
+}
+// The copy of 16 columns, for one group to L1, for all to L2.
+constexpr double kCopyCycles = 33, kSharedCopyCycles = 60;
+// The rest of a group of 16 channels: while products need no copies, most of it is hidden behind them.
+constexpr double kRestCycles = 176, kSharedRestCycles = 50;
+// The vector kernel: a block, whose columns come from L1 or L2, and the rest of a channel.
+constexpr double block_cycles(int64_t block_o, int64_t columns) {
+  return (block_o == 8 ? 1 : 0.62) * (columns <= 320 ? 4.3 : 5.3);
+}
+constexpr double kVectorRestCycles = 7;
+
+int64_t vertical_pairs(const GatherGemm& op) { return static_cast<const TileWeight&>(*op.prepared).pair_bytes; }
+
+int64_t rows_in_l2(const GatherGemm& op) {
+  const TileWeight& t = static_cast<const TileWeight&>(*op.prepared);
+  const int64_t parts = ceil_div(int64_t(t.bytes.size()), kWeightsInL2);
+  return ceil_div(t.groups, parts) * t.group_rows;
+}
+
+// Where steps are 16 planes of one tap, a column of taps one after another: a step of the lower vector of a vertical pair is the
+// upper one's next.
+void order_columns(const Plan& plan, const PackedWeight& w, int64_t pair_bytes, std::vector<int32_t>* columns) {
+  const int32_t planes = int32_t(plan.offsets.size() / w.taps);
+  if (pair_bytes == 0 || planes % 16 != 0) return;
+  auto key = [&](int32_t column) {
+    const int64_t tap = plan.offsets[column / planes * planes];
+    return std::tuple<int64_t, int64_t, int64_t, int32_t>{column % planes / 16, tap % pair_bytes, tap, column % 16};
+  };
+  std::sort(columns->begin(), columns->end(), [&](int32_t a, int32_t b) { return key(a) < key(b); });
+}
+
+// The steps of these columns; pair_bytes: of vertical pairs, or 0.
+void add_steps(const Plan& plan, const std::vector<int32_t>& columns, int64_t pair_bytes, TileWeight* t) {
+  std::map<std::vector<int64_t>, int64_t> copies;  // slots, by what stands there relative to the upper vector
+  const int64_t count = int64_t(columns.size());
+  for (int64_t first = 0; first < count; first += 16) {
+    TileWeight::Step step;
+    for (int64_t j = 0; j < 16; j++) step.offsets[j] = plan.offsets[columns[first + j < count ? first + j : count - 1]];
+    for (int v = 0; v < 2; v++) {
+      int64_t slot = (first / 16 * 2 + v) % (2 * kRingSteps);
+      step.copy[v] = true;
+      if (t->shared) {
+        slot = first / 16 * 2 + v;
+        if (pair_bytes) {
+          std::vector<int64_t> from(step.offsets, step.offsets + 16);
+          for (int64_t& offset : from) offset += v * pair_bytes;
+          const auto [found, added] = copies.try_emplace(std::move(from), int64_t(copies.size()));
+          slot = found->second, step.copy[v] = added;
+        }
+      }
+      step.slot[v] = uint16_t(slot);
+      t->slots = slot + 1 > t->slots ? slot + 1 : t->slots;
+    }
+    t->steps.push_back(step);
+  }
+}
+
+// The blocks of a packed row that output phase `phase` uses.
+std::pair<int64_t, int64_t> row_blocks(const PackedWeight& w, const Plan& plan, int64_t row, int64_t phase) {
+  return {w.tap_ptr[row * w.taps + plan.phases[phase].tap_begin], w.tap_ptr[row * w.taps + plan.phases[phase].tap_end]};
+}
+
+// One way to group the packed rows: the columns that the rows of each group use, those that any row uses, and the cycles of a
+// vector with columns of their own and with shared ones.
+struct Grouping {
+  int64_t group_rows = 0, groups = 0;
+  int tiles_m = 1;
+  std::vector<std::vector<int32_t>> used, shared;  // [phases][groups], [phases]
+  double apart = 0, together = 0;
+};
+
+Grouping group_by(const PackedWeight& w, const Plan& plan, int64_t group_rows) {
+  Grouping g;
+  const int64_t columns = int64_t(plan.offsets.size()), phases = int64_t(plan.phases.size());
+  g.group_rows = group_rows, g.groups = ceil_div(w.rows, group_rows);
+  g.tiles_m = group_rows * w.block_o > Tiles::kRows && w.rows * w.block_o > Tiles::kRows ? 2 : 1;
+  g.used.resize(phases * g.groups), g.shared.resize(phases);
+  int64_t steps = 0, shared_steps = 0;
+  for (int64_t p = 0; p < phases; p++) {
+    std::vector<bool> any(columns, false);
+    for (int64_t i = 0; i < g.groups; i++) {
+      std::vector<bool> mine(columns, false);
+      for (int64_t row = i * group_rows; row < (i + 1) * group_rows && row < w.rows; row++) {
+        const auto [begin, end] = row_blocks(w, plan, row, p);
+        for (int64_t b = begin; b < end; b++) mine[w.cols[b]] = any[w.cols[b]] = true;
+      }
+      std::vector<int32_t>& used = g.used[p * g.groups + i];
+      for (int64_t c = 0; c < columns; c++)
+        if (mine[c]) used.push_back(int32_t(c));
+      steps += ceil_div(int64_t(used.size()), 16);
+    }
+    for (int64_t c = 0; c < columns; c++)
+      if (any[c]) g.shared[p].push_back(int32_t(c));
+    shared_steps += ceil_div(int64_t(g.shared[p].size()), 16);
+  }
+  const double groups = double(g.groups), tiles = double(phases * g.tiles_m);
+  g.apart = double(steps) * (product_cycles(g.tiles_m, steps) + kCopyCycles) + tiles * groups * kRestCycles;
+  g.together = double(shared_steps) * (groups * product_cycles(g.tiles_m, shared_steps * g.groups) + kSharedCopyCycles) +
+               tiles * (kRestCycles + (groups - 1) * kSharedRestCycles);
+  return g;
+}
 
 std::unique_ptr<const Prepared> prepare(const GatherGemm& op) {
   const PackedWeight& w = *op.weight;
@@ -982,62 +1178,54 @@ std::unique_ptr<const Prepared> prepare(const GatherGemm& op) {
   if (op.source || plan.pixels || w.format != Format::kInt8 || w.blocks == 0) return nullptr;
   auto made = std::make_unique<TileWeight>();
   TileWeight& t = *made;
-  const int64_t rows = w.rows * w.block_o;
-  t.rows_m = int(rows < Tiles::kRows ? rows : Tiles::kRows);
-  t.tiles_m = rows > Tiles::kRows ? 2 : 1;
-  t.group_rows = kGroupRows / w.block_o;
-  t.groups = ceil_div(w.rows, t.group_rows);
   const int64_t columns = int64_t(plan.offsets.size()), phases = int64_t(plan.phases.size());
 
-  // Columns that each group uses, and those that any group uses.
-  std::vector<std::vector<int32_t>> used(phases * t.groups), shared(phases);
-  auto row_blocks = [&](int64_t row, int64_t phase) {
-    return std::pair<int64_t, int64_t>{w.tap_ptr[row * w.taps + plan.phases[phase].tap_begin],
-                                       w.tap_ptr[row * w.taps + plan.phases[phase].tap_end]};
-  };
-  const double product = product_cycles(phases * t.groups * t.tiles_m * columns / 16 * Tiles::kBytes);
-  double apart = 0, together = 0, vectors = 0;
-  for (int64_t p = 0; p < phases; p++) {
-    std::vector<bool> any(columns, false);
-    for (int64_t g = 0; g < t.groups; g++) {
-      std::vector<bool> mine(columns, false);
-      for (int64_t row = g * t.group_rows; row < (g + 1) * t.group_rows && row < w.rows; row++) {
-        const auto [begin, end] = row_blocks(row, p);
-        for (int64_t i = begin; i < end; i++) mine[w.cols[i]] = any[w.cols[i]] = true;
-        vectors += double(end - begin) * block_cycles(w.block_o);
-      }
-      for (int64_t c = 0; c < columns; c++)
-        if (mine[c]) used[p * t.groups + g].push_back(int32_t(c));
-      apart += double(ceil_div(int64_t(used[p * t.groups + g].size()), 16)) * 4 * (t.tiles_m * product + kCopyCycles);
+  // Groups of two tiles take fewest loads; groups of one take fewer columns where those of two rows are alike.
+  Grouping g = group_by(w, plan, kGroupRows / w.block_o);
+  Grouping low = group_by(w, plan, Tiles::kRows / w.block_o);
+  if (std::min(low.apart, low.together) < std::min(g.apart, g.together)) g = std::move(low);
+  double vectors = double(phases * w.rows * w.block_o) * kVectorRestCycles;
+  for (int64_t p = 0; p < phases; p++)
+    for (int64_t row = 0; row < w.rows; row++) {
+      const auto [begin, end] = row_blocks(w, plan, row, p);
+      vectors += double(end - begin) * block_cycles(w.block_o, columns);
     }
-    for (int64_t c = 0; c < columns; c++)
-      if (any[c]) shared[p].push_back(int32_t(c));
-    together += double(ceil_div(int64_t(shared[p].size()), 16)) * 4 * (t.groups * t.tiles_m * product + kCopyCycles);
-  }
   // Of fewer than 4 vectors, the weights still have to be loaded, which takes more than half of the time.
   const int64_t in_all = vectors_per_image(plan) * (plan.in.batch_in_cols ? 1 : plan.in.images);
-  if (in_all < kTileVectors) apart *= 2.4 / double(in_all), together *= 2.4 / double(in_all);
-  if (vectors < apart && vectors < together) return nullptr;
-  t.shared = together <= apart;
-  if (t.shared)
-    for (int64_t i = 0; i < phases * t.groups; i++) used[i] = shared[i / t.groups];
+  const double few = in_all < kTileVectors ? 3 / double(in_all) : 1;
+  if (vectors < few * std::min(g.apart, g.together)) return nullptr;
+  t.rows_m = int(std::min<int64_t>(w.rows * w.block_o, Tiles::kRows));
+  t.tiles_m = g.tiles_m, t.group_rows = g.group_rows, t.groups = g.groups;
+  std::vector<std::vector<int32_t>>&used = g.used, &shared = g.shared;
+  t.shared = g.together <= g.apart;
+  int64_t most = 0;  // copies of one vector
+  for (int64_t i = 0; i < phases; i++) most = std::max(most, ceil_div(int64_t(shared[i].size()), 16));
+  t.shared = t.shared && most * kTileVectors * plan.interleave <= kSharedSlots;
+  if (t.shared) {
+    if (!plan.flat && plan.raster_h > 1) t.pair_bytes = 4 * plan.in.row_stride;
+    for (int64_t i = 0; i < phases; i++) {
+      order_columns(plan, w, t.pair_bytes, &shared[i]);
+      for (int64_t g = 0; g < t.groups; g++) used[i * t.groups + g] = shared[i];
+    }
+  }
 
   int64_t tiles = 0;
   for (int64_t i = 0; i < phases * t.groups; i++) {
     TileWeight::Group group;
-    group.steps = ceil_div(int64_t(used[i].size()), 16);
+    group.count = ceil_div(int64_t(used[i].size()), 16);
     group.tiles = tiles;
-    tiles += group.steps * t.tiles_m;
+    tiles += group.count * t.tiles_m;
     if (i % t.groups > 0 && used[i] == used[i - 1]) {
-      group.offsets = t.by_phase.back().offsets;
+      group.steps = t.by_phase.back().steps;
     } else {
-      group.offsets = int64_t(t.offsets.size());
-      for (int64_t c = 0; c < group.steps * 16; c++)
-        t.offsets.push_back(plan.offsets[used[i][c < int64_t(used[i].size()) ? c : int64_t(used[i].size()) - 1]]);
+      group.steps = int64_t(t.steps.size());
+      add_steps(plan, used[i], 0, &t);
+      if (t.pair_bytes) add_steps(plan, used[i], t.pair_bytes, &t);
     }
-    t.most_steps = group.steps > t.most_steps ? group.steps : t.most_steps;
     t.by_phase.push_back(group);
   }
+  t.bytes.reserve(tiles * Tiles::kBytes + 64);
+  use_huge_pages(t.bytes.data(), tiles * Tiles::kBytes + 64);
   t.bytes.assign(tiles * Tiles::kBytes + 64, 0);
   int8_t* const aligned = t.bytes.data() + (64 - reinterpret_cast<uintptr_t>(t.bytes.data()) % 64) % 64;
   t.tiles = aligned;
@@ -1046,7 +1234,7 @@ std::unique_ptr<const Prepared> prepare(const GatherGemm& op) {
     for (size_t c = 0; c < used[i].size(); c++) place[used[i][c]] = int64_t(c);
     const int64_t first_row = i % t.groups * t.group_rows;
     for (int64_t row = first_row; row < first_row + t.group_rows && row < w.rows; row++) {
-      const auto [begin, end] = row_blocks(row, i / t.groups);
+      const auto [begin, end] = row_blocks(w, plan, row, i / t.groups);
       for (int64_t b = begin; b < end; b++)
         for (int64_t r = 0; r < w.block_o; r++) {
           const int64_t m = (row - first_row) * w.block_o + r, c = place[w.cols[b]];
@@ -1059,140 +1247,265 @@ std::unique_ptr<const Prepared> prepare(const GatherGemm& op) {
   return made;
 }
 
-// Memory of a thread for the accumulators of a task, and for copies of columns: [vector][step] tiles.
+// Memory of a thread for the copies of columns and for accumulators.
 uint8_t* tile_memory(int64_t bytes) {
   thread_local std::vector<uint8_t> memory;
   if (int64_t(memory.size()) < bytes + 64) memory.resize(bytes + 64);
   return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
 }
 
-void copy_columns(const uint8_t* x, const int32_t* offsets, int64_t steps, uint8_t* to) {
-  for (int64_t s = 0; s < steps; s++, offsets += 16, to += Tiles::kBytes)
+// Copies the columns of an item, one step after another.
+struct ColumnCopier {
+  const uint8_t* x[2];  // of its vectors; x[1] is nullptr where there is one
+  const TileWeight::Step* step;
+  uint8_t* slots;
+
+  [[gnu::always_inline]] void copy(int v) const {
+    if (!step->copy[v] || (v == 1 && !x[1])) return;
+    const uint8_t* from = x[v];
+    uint8_t* const to = slots + step->slot[v] * Tiles::kBytes;
 #pragma GCC unroll 16
-    for (int j = 0; j < 16; j++) S::store(to + j * Tiles::kRowBytes, S::load(x + offsets[j]));
-}
-
-// acc [32][4][16 pixels]: vectors v and, where kTwo, v + 1 of a group. b0, b1: their copied columns.
-template <bool kTwo>
-[[gnu::noinline]] void multiply_pair(const int8_t* a, const uint8_t* b0, const uint8_t* b1, int64_t steps, bool accumulate,
-                                     int32_t* acc) {
-  constexpr int64_t kStride = kTileVectors * S::kLanes * 4;
-  if (accumulate) {
-    Tiles::load<0>(acc, kStride);
-    Tiles::load<2>(acc + 16 * kTileVectors * S::kLanes, kStride);
-    if constexpr (kTwo) {
-      Tiles::load<1>(acc + S::kLanes, kStride);
-      Tiles::load<3>(acc + 16 * kTileVectors * S::kLanes + S::kLanes, kStride);
-    }
-  } else {
-    Tiles::zero<0>(), Tiles::zero<1>(), Tiles::zero<2>(), Tiles::zero<3>();
+    for (int j = 0; j < 16; j++) S::store(to + j * Tiles::kRowBytes, S::load(from + step->offsets[j]));
   }
-  for (int64_t s = 0; s < steps; s++, a += 2 * Tiles::kBytes, b0 += Tiles::kBytes, b1 += Tiles::kBytes) {
-    Tiles::load<4>(b0);
-    Tiles::load<6>(a);
+};
+
+// Products of a group's weights with the copied columns of one vector or two.
+struct TileProducts {
+  const int8_t* tiles;
+  const TileWeight::Step* step;
+  const uint8_t* slots;
+};
+
+// `count` steps of them. During each, the copier takes a step (of those to come) and `between` does some other work.
+template <int kTilesM, bool kTwo, bool kCopy, class Between>
+[[gnu::always_inline]] inline void multiply_steps(TileProducts* products, int64_t count, ColumnCopier* columns,
+                                                  const Between& between) {
+  TileProducts p = *products;  // both in registers: memory would be held up behind the stores of the copies
+  ColumnCopier copier = *columns;
+  for (int64_t s = 0; s < count; s++, p.step++, p.tiles += kTilesM * Tiles::kBytes) {
+    Tiles::load<4>(p.slots + p.step->slot[0] * Tiles::kBytes);
+    Tiles::load<6>(p.tiles);
     Tiles::dot<0, 6, 4>();
-    Tiles::load<7>(a + Tiles::kBytes);
-    Tiles::dot<2, 7, 4>();
-    if constexpr (kTwo) {
-      Tiles::load<5>(b1);
-      Tiles::dot<1, 6, 5>();
-      Tiles::dot<3, 7, 5>();
+    if constexpr (kCopy) copier.copy(0);
+    if constexpr (kTilesM == 2) {
+      Tiles::load<7>(p.tiles + Tiles::kBytes);
+      Tiles::dot<2, 7, 4>();
     }
+    if constexpr (kTwo) {
+      Tiles::load<5>(p.slots + p.step->slot[1] * Tiles::kBytes);
+      if constexpr (kTilesM == 2) Tiles::dot<3, 7, 5>();
+    }
+    if constexpr (kCopy) copier.copy(1), copier.step++;
+    if constexpr (kTwo) Tiles::dot<1, 6, 5>();
+    between();
   }
-  Tiles::store<0>(acc, kStride);
-  Tiles::store<2>(acc + 16 * kTileVectors * S::kLanes, kStride);
-  if constexpr (kTwo) {
-    Tiles::store<1>(acc + S::kLanes, kStride);
-    Tiles::store<3>(acc + 16 * kTileVectors * S::kLanes + S::kLanes, kStride);
-  }
+  *products = p, *columns = copier;
 }
 
-// Layers of up to 16 output channels: one tile of weights, four vectors.
-[[gnu::noinline]] void multiply_four(const int8_t* a, const uint8_t* b, int64_t vector_bytes, int vectors, int64_t steps,
-                                     int32_t* acc) {
-  constexpr int64_t kStride = kTileVectors * S::kLanes * 4;
-  auto at = [&](int v) { return b + (v < vectors ? v : vectors - 1) * vector_bytes; };
-  const uint8_t *b0 = at(0), *b1 = at(1), *b2 = at(2), *b3 = at(3);
-  Tiles::zero<0>(), Tiles::zero<1>(), Tiles::zero<2>(), Tiles::zero<3>();
-  for (int64_t s = 0; s < steps; s++) {
-    const int64_t step = s * Tiles::kBytes;
-    Tiles::load<6>(a + step);
-    Tiles::load<4>(b0 + step);
-    Tiles::dot<0, 6, 4>();
-    Tiles::load<5>(b1 + step);
-    Tiles::dot<1, 6, 5>();
-    Tiles::load<4>(b2 + step);
-    Tiles::dot<2, 6, 4>();
-    Tiles::load<5>(b3 + step);
-    Tiles::dot<3, 6, 5>();
+// Multiplies and finishes tiles of pixels. Its work is a stream of `items`: a group of channels, an output phase and two vectors.
+// The columns of an item are copied during the products before it, and the accumulators of a group are finished during the
+// products of the next.
+template <int kTilesM>
+class TileTask {
+ public:
+  TileTask(const GatherGemm& op, const Split& split, int64_t first_tile, int64_t last_tile, int64_t first_row, int64_t last_row,
+           int64_t phase_row)
+      : op_(op),
+        split_(split),
+        t_(static_cast<const TileWeight&>(*op.prepared)),
+        interleave_(int(op.plan->interleave)),
+        first_row_(first_row),
+        last_row_(last_row),
+        phase_row_(phase_row),
+        first_group_(first_row / t_.group_rows),
+        last_group_(ceil_div(last_row, t_.group_rows)),
+        tile_(first_tile),
+        last_tile_(last_tile) {
+    const int64_t slots = t_.slots * (t_.shared ? interleave_ * kTileVectors / 2 : 2);
+    const int64_t acc_bytes = 2 * interleave_ * kAccWords * 4;
+    uint8_t* const bytes = tile_memory(acc_bytes + kGroupRows * Tiles::kRowBytes + slots * Tiles::kBytes);
+    acc_ = reinterpret_cast<int32_t*>(bytes);
+    start_ = reinterpret_cast<int32_t*>(bytes + acc_bytes);
+    slots_ = bytes + acc_bytes + kGroupRows * Tiles::kRowBytes;
   }
-  Tiles::store<0>(acc, kStride), Tiles::store<1>(acc + S::kLanes, kStride);
-  Tiles::store<2>(acc + 2 * S::kLanes, kStride), Tiles::store<3>(acc + 3 * S::kLanes, kStride);
-}
 
-void run_tile_task(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t first_row,
-                   int64_t last_row, int64_t phase_row, TileMemory* memory) {
-  const TileWeight& t = static_cast<const TileWeight&>(*op.prepared);
-  const PackedWeight& w = *op.weight;
-  const int interleave = int(op.plan->interleave), block_o = int(w.block_o);
-  const int64_t first_group = first_row / t.group_rows, last_group = ceil_div(last_row, t.group_rows);
-  const int64_t most_steps = t.shared && t.tiles_m == 2 ? kStepsInL1 : t.most_steps;
-  const int64_t vector_bytes = most_steps * Tiles::kBytes, groups = last_group - first_group;
-  const int64_t acc_bytes = interleave * groups * kAccWords * 4;
-  uint8_t* const thread_memory = tile_memory(acc_bytes + kTileVectors * vector_bytes);
-  int32_t* const sums = reinterpret_cast<int32_t*>(thread_memory);  // [phase][group][kAccWords]
-  uint8_t* const copies = thread_memory + acc_bytes;
-  auto sums_of = [&](int64_t b, int64_t group) { return sums + (b * groups + group - first_group) * kAccWords; };
-
-  {
-    const Tiles::Scope scope(t.rows_m);
-    for (int b = 0; b < interleave; b++) {
-      const int64_t phase = phase_row * interleave + b;
-      auto copy = [&](const TileWeight::Group& g, int64_t begin, int64_t end) {
-        for (int v = 0; v < vectors; v++)
-          copy_columns(tile.x[v], t.offsets.data() + g.offsets + begin * 16, end - begin, copies + v * vector_bytes);
-      };
-      auto multiply = [&](int64_t group, int64_t begin, int64_t end) {
-        const int8_t* a = t.tiles + (t.at(phase, group).tiles + begin * t.tiles_m) * Tiles::kBytes;
-        int32_t* acc = sums_of(b, group);
-        if (t.tiles_m == 1) return multiply_four(a, copies, vector_bytes, vectors, end - begin, acc);
-        for (int v = 0; v < vectors; v += 2) {
-          const uint8_t* b0 = copies + v * vector_bytes;
-          if (v + 1 < vectors)
-            multiply_pair<true>(a, b0, b0 + vector_bytes, end - begin, begin > 0, acc + v * S::kLanes);
-          else
-            multiply_pair<false>(a, b0, b0, end - begin, begin > 0, acc + v * S::kLanes);
-        }
-      };
-      if (t.shared) {
-        const TileWeight::Group& g = t.at(phase, 0);
-        for (int64_t begin = 0; begin == 0 || begin < g.steps; begin += most_steps) {
-          const int64_t end = begin + most_steps < g.steps ? begin + most_steps : g.steps;
-          copy(g, begin, end);
-          for (int64_t group = first_group; group < last_group; group++) multiply(group, begin, end);
-        }
-      } else {
-        for (int64_t group = first_group; group < last_group; group++) {
-          copy(t.at(phase, group), 0, t.at(phase, group).steps);
-          multiply(group, 0, t.at(phase, group).steps);
-        }
+  void run() {
+    Item items[2], *item = &items[0], *next = &items[1];
+    open(nullptr, item);
+    int64_t ready = 0;  // steps of the item that are copied
+    for (bool more = true; more; std::swap(item, next)) {
+      more = open(item, next);
+      if (item->copies)  // the first item, and after items too short to look ahead
+        for (; ready < kAhead && ready < item->steps; ready++, item->copier.step++) item->copier.copy(0), item->copier.copy(1);
+      if (item->b == 0 && item->pair == 0) {
+        int64_t steps = 0;  // in which the group before can be finished
+        for (int b = 0; b < interleave_; b++)
+          steps += t_.at(phase_row_ * interleave_ + b, item->group).count * ceil_div(item->tile->vectors, 2);
+        pieces_a_step_ = steps > 0 ? int(ceil_div(pieces_, steps)) : 0;
       }
+      begin_sums(*item);
+      const int64_t own = item->steps > kAhead ? item->steps - kAhead : 0;
+      const bool looks_ahead = more && next->copies && next->products.slots != item->products.slots;
+      const int64_t ahead = !looks_ahead ? 0 : next->steps < item->steps - own ? next->steps : item->steps - own;
+      multiply(item, own, item->copies, &item->copier);
+      multiply(item, ahead, true, &next->copier);
+      multiply(item, item->steps - own - ahead, false, &next->copier);
+      ready = ahead;
+      const bool group_ends = !more || next->tile != item->tile || next->group != item->group;
+      while (group_ends && pieces_ > 0) finish_piece();
+      end_sums(*item);
+      if (group_ends) start_finish(*item);
     }
+    while (pieces_ > 0) finish_piece();
   }
 
-  for (int64_t row = first_row; row < last_row; row++)
-    finish_tile<Int8>(op, split, tile, vectors, row, phase_row, memory, [&](int64_t phase) {
-      // from [channel][4 vectors] to the tile's [channel][vectors], with the start for the zero point
-      const int32_t* from =
-          sums_of(phase - phase_row * interleave, row / t.group_rows) + row % t.group_rows * block_o * kTileVectors * S::kLanes;
-      const int32_t* start = op.plan->init.empty() ? nullptr : op.plan->init.data() + (phase * w.rows + row) * block_o;
-      if (!start && vectors == kTileVectors) return from;
-      for (int r = 0; r < block_o; r++)
-        for (int v = 0; v < vectors; v++)
-          S::store(memory->acc + (r * vectors + v) * S::kLanes,
-                   S::add(S::load(from + (r * kTileVectors + v) * S::kLanes), S::set1(start ? start[r] : 0)));
-      return static_cast<const int32_t*>(memory->acc);
-    });
+ private:
+  struct Tile {
+    int vectors;
+    TilePixels pixels;
+    TileMemory memory;
+    std::optional<RowFinish<Int8>> finish;
+  };
+  struct Item {
+    Tile* tile = nullptr;
+    int64_t group = 0, steps = 0;
+    int b = 0, pair = 0;
+    bool copies = false;
+    TileProducts products = {};
+    ColumnCopier copier = {};
+  };
+
+  // The item after `before`. In place: a copy would wait for all stores of tiles before it.
+  bool open(const Item* before, Item* item) {
+    item->tile = before ? before->tile : nullptr;
+    if (before) {
+      item->group = before->group, item->b = before->b, item->pair = before->pair + 1;
+      if (2 * item->pair >= item->tile->vectors) item->pair = 0, item->b++;
+      if (item->b == interleave_) item->b = 0, item->group++;
+      if (item->group == last_group_) item->tile = nullptr;
+    }
+    if (!item->tile) {
+      if (tile_ == last_tile_) return false;
+      Tile& tile = memory_[tile_ % 3];  // that of three tiles before is finished
+      tile.vectors = find_tile(op_, split_, tile_++, phase_row_, &tile.pixels, &tile.memory);
+      tile.finish.emplace(op_, split_, tile.pixels, tile.vectors, phase_row_, &tile.memory);
+      item->tile = &tile;
+      item->group = first_group_;
+      item->b = item->pair = 0;
+    }
+    const TileWeight::Group& g = t_.at(phase_row_ * interleave_ + item->b, item->group);
+    item->steps = g.count;
+    item->copies = !t_.shared || item->group == first_group_;
+    const uint8_t* const* x = item->tile->pixels.x + 2 * item->pair;
+    const bool two = 2 * item->pair + 1 < item->tile->vectors;
+    const bool vertical = two && t_.pair_bytes && x[1] - x[0] == t_.pair_bytes;
+    const TileWeight::Step* const step = t_.steps.data() + g.steps + (vertical ? g.count : 0);
+    uint8_t* const slots =
+        slots_ + (t_.shared ? item->b * kTileVectors / 2 + item->pair : items_++ % 2) * t_.slots * Tiles::kBytes;
+    item->products = {t_.tiles + g.tiles * Tiles::kBytes, step, slots};
+    item->copier = {{x[0], two ? x[1] : nullptr}, step, slots};
+    return true;
+  }
+
+  void begin_sums(const Item& item) {
+    if (op_.plan->init.empty()) {
+      Tiles::zero<0>(), Tiles::zero<1>(), Tiles::zero<2>(), Tiles::zero<3>();
+      return;
+    }
+    const int64_t channels = op_.weight->rows * op_.weight->block_o, height = t_.group_rows * op_.weight->block_o;
+    const int64_t first = item.group * height, count = channels - first < height ? channels - first : height;
+    const int32_t* from = op_.plan->init.data() + (phase_row_ * interleave_ + item.b) * channels + first;
+    for (int64_t c = 0; c < count; c++) S::store(start_ + c * S::kLanes, S::set1(from[c]));
+    Tiles::load<0>(start_), Tiles::load<1>(start_);
+    if constexpr (kTilesM == 2) Tiles::load<2>(start_ + 16 * S::kLanes), Tiles::load<3>(start_ + 16 * S::kLanes);
+  }
+
+  // Accumulators of the group that is multiplied (0) or finished (1), [group's channels][vectors][lanes].
+  int32_t* sums_of(int finished, int b) { return acc_ + ((groups_ + finished) % 2 * interleave_ + b) * kAccWords; }
+
+  void end_sums(const Item& item) {
+    const int64_t vectors = item.tile->vectors, stride = vectors * Tiles::kRowBytes, below = 16 * vectors * S::kLanes;
+    int32_t* acc = sums_of(0, item.b) + 2 * item.pair * S::kLanes;
+    Tiles::store<0>(acc, stride);
+    if constexpr (kTilesM == 2) Tiles::store<2>(acc + below, stride);
+    if (2 * item.pair + 1 == vectors) return;
+    Tiles::store<1>(acc + S::kLanes, stride);
+    if constexpr (kTilesM == 2) Tiles::store<3>(acc + below + S::kLanes, stride);
+  }
+
+  void multiply(Item* item, int64_t steps, bool copies, ColumnCopier* copier) {
+    auto between = [&] {
+      for (int i = 0; i < pieces_a_step_ && pieces_ > 0; i++) finish_piece();
+    };
+    if (2 * item->pair + 1 < item->tile->vectors)
+      copies ? multiply_steps<kTilesM, true, true>(&item->products, steps, copier, between)
+             : multiply_steps<kTilesM, true, false>(&item->products, steps, copier, between);
+    else
+      copies ? multiply_steps<kTilesM, false, true>(&item->products, steps, copier, between)
+             : multiply_steps<kTilesM, false, false>(&item->products, steps, copier, between);
+  }
+
+  void start_finish(const Item& item) {
+    groups_++;
+    done_ = item.tile;
+    done_row_ = row_ = item.group * t_.group_rows;
+    b_ = i_ = v_ = 0;
+    const int64_t rows = (row_ + t_.group_rows < last_row_ ? row_ + t_.group_rows : last_row_) - row_;
+    const int64_t words = rows * interleave_ * (op_.weight->block_o / 4) * done_->vectors;
+    // small pieces fit between products best, large ones take less time in all
+    const bool small = is_plain(op_.epilogue, split_.whole_lanes) && words <= 2 * item.steps;
+    piece_vectors_ = small && done_->vectors > 2 ? 2 : done_->vectors;
+    pieces_ = words / done_->vectors * ceil_div(done_->vectors, piece_vectors_);
+  }
+
+  // Four channels of some vectors.
+  [[gnu::noinline]] void finish_piece() {
+    RowFinish<Int8>& finish = *done_->finish;
+    const int block_o = int(op_.weight->block_o), vectors = done_->vectors;
+    if (i_ == 0 && v_ == 0) {
+      if (b_ == 0) finish.begin(row_);
+      finish.begin_phase(b_, sums_of(1, b_) + (row_ - done_row_) * block_o * vectors * S::kLanes);
+    }
+    const int end = v_ + piece_vectors_ < vectors ? v_ + piece_vectors_ : vectors;
+    finish.finish(i_, i_ + 1, v_, end);
+    pieces_--;
+    v_ = end;
+    if (v_ < vectors) return;
+    v_ = 0;
+    if (++i_ < block_o / 4) return;
+    i_ = 0;
+    if (++b_ < interleave_) return;
+    b_ = 0;
+    finish.end();
+    row_++;
+  }
+
+  const GatherGemm& op_;
+  const Split& split_;
+  const TileWeight& t_;
+  const int interleave_;
+  const int64_t first_row_, last_row_, phase_row_, first_group_, last_group_;
+  int64_t tile_;  // the next
+  const int64_t last_tile_;
+  int32_t *acc_, *start_;
+  uint8_t* slots_;      // of copied columns
+  int64_t items_ = 0;   // begun so far
+  int64_t groups_ = 0;  // multiplied so far
+  // The group that is being finished, and where.
+  Tile* done_ = nullptr;
+  int64_t done_row_ = 0, row_ = 0, pieces_ = 0;
+  int b_ = 0, i_ = 0, v_ = 0, piece_vectors_ = 1, pieces_a_step_ = 0;
+  Tile memory_[3];
+};
+
+void run_tile_task(const GatherGemm& op, const Split& split, int64_t first_tile, int64_t last_tile, int64_t first_row,
+                   int64_t last_row, int64_t phase_row) {
+  const TileWeight& t = static_cast<const TileWeight&>(*op.prepared);
+  const Tiles::Scope scope(t.rows_m);
+  if (t.tiles_m == 2)
+    TileTask<2>(op, split, first_tile, last_tile, first_row, last_row, phase_row).run();
+  else
+    TileTask<1>(op, split, first_tile, last_tile, first_row, last_row, phase_row).run();
 }
 
 // loads: with those of a kernel that keeps four sums, two tiles of each operand for four products; weights from L2, columns from
@@ -1224,63 +1537,40 @@ double measure_tile_peak(bool loads) {
 #else
 
 std::unique_ptr<const Prepared> prepare(const GatherGemm&) { return nullptr; }
+int64_t rows_in_l2(const GatherGemm& op) { return op.weight->rows; }
+int64_t vertical_pairs(const GatherGemm&) { return 0; }
 
 #endif
 
 void run_task(const GatherGemm& op, const Split& split, int64_t task) {
   // strips of tiles; in a strip every (phase row, row group), then its tiles
-  const int64_t rest = split.row_groups * split.phase_rows;
+  const int64_t rest = split.row_groups * split.phase_rows, tile_groups = split.tile_groups();
   const int64_t strip = task / (split.strip * rest);
   const int64_t first_tile = strip * split.strip;
-  const int64_t width = split.tiles - first_tile < split.strip ? split.tiles - first_tile : split.strip;
+  const int64_t width = tile_groups - first_tile < split.strip ? tile_groups - first_tile : split.strip;
   const int64_t in_strip = task - first_tile * rest;
   const int64_t t = first_tile + in_strip % width, group = in_strip / width % split.row_groups;
   const int64_t phase_row = in_strip / width / split.row_groups;
-
-  const int64_t image = t / split.tiles_per_image, in_image = t % split.tiles_per_image;
-  const int64_t first = in_image * split.vectors / split.tiles_per_image;
-  const int64_t last = (in_image + 1) * split.vectors / split.tiles_per_image;
-  const int vectors = int(last - first);
-  TilePixels tile;
-  find_pixels(op, image, first, vectors, op.plan->phases[phase_row * op.plan->interleave], &tile);
-  tile.index = phase_row * split.tiles_per_image + in_image;
   const int64_t first_row = group * split.row_group;
   const int64_t last_row = first_row + split.row_group < op.weight->rows ? first_row + split.row_group : op.weight->rows;
-  if (!op.source && is_single_pixel(op)) return run_single_pixel(op, tile, vectors, first_row, last_row);
-
-  find_columns(op, split, vectors, &tile);
-  TileMemory memory;
-  if (op.epilogue.sums) mark_real(tile, *op.plan, &memory);
-  if (op.source) {
-    find_lanes(op, *op.source, 1, op.upsample == 1 && op.shuffle == 1, tile, vectors, &tile.source);
-    tile.source.buffer = reinterpret_cast<const float*>(memory.acc);
-  }
-  if (op.epilogue.residual) {
-    find_lanes(op, *op.epilogue.residual, op.epilogue.residual_upsample, op.weight->in_order, tile, vectors, &tile.residual);
-    tile.residual.buffer = memory.residual;
-  }
 #if defined(__AMX_INT8__)
-  if (op.prepared) return run_tile_task(op, split, tile, vectors, first_row, last_row, phase_row, &memory);
+  if (op.prepared) {
+    const int64_t last_tile = (t + 1) * split.tile_group < split.tiles ? (t + 1) * split.tile_group : split.tiles;
+    return run_tile_task(op, split, t * split.tile_group, last_tile, first_row, last_row, phase_row);
+  }
 #endif
-  for (int64_t row = first_row; row < last_row; row++) {
-    if (op.source) {
-      finish_tile<Float32>(op, split, tile, vectors, row, phase_row, &memory, [&](int64_t) {
-        if (!tile.source.direct) load_rows(op, tile, vectors, row * op.weight->block_o, int(op.weight->block_o), memory.acc);
-        return memory.acc;
-      });
-      continue;
-    }
-    switch (op.weight->format) {
-      case Format::kInt8:
-        run_row<Int8>(op, split, tile, vectors, row, phase_row, &memory);
-        break;
-      case Format::kBFloat16:
-        run_row<BFloat16>(op, split, tile, vectors, row, phase_row, &memory);
-        break;
-      case Format::kFloat32:
-        run_row<Float32>(op, split, tile, vectors, row, phase_row, &memory);
-        break;
-    }
+  TilePixels tile;
+  TileMemory memory;
+  const int vectors = find_tile(op, split, t, phase_row, &tile, &memory);
+  if (!op.source && is_single_pixel(op)) return run_single_pixel(op, tile, vectors, first_row, last_row);
+  if (op.source) return run_rows<Float32>(op, split, tile, vectors, first_row, last_row, phase_row, &memory);
+  switch (op.weight->format) {
+    case Format::kInt8:
+      return run_rows<Int8>(op, split, tile, vectors, first_row, last_row, phase_row, &memory);
+    case Format::kBFloat16:
+      return run_rows<BFloat16>(op, split, tile, vectors, first_row, last_row, phase_row, &memory);
+    case Format::kFloat32:
+      return run_rows<Float32>(op, split, tile, vectors, first_row, last_row, phase_row, &memory);
   }
 }
 

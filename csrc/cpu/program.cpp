@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "isa.h"
+#include "memory.h"
 
 namespace sparsegan {
 namespace {
@@ -508,8 +509,10 @@ Program::Arena Program::take_arena(int64_t bytes) {
   }
   if (arena.size < bytes) {
     arena.memory.reset();
-    arena.memory.reset(static_cast<uint8_t*>(std::aligned_alloc(64, ceil_div(bytes, 64) * 64)));
+    const int64_t page = bytes < kHugePage ? 64 : kHugePage, whole = ceil_div(bytes, page) * page;
+    arena.memory.reset(static_cast<uint8_t*>(std::aligned_alloc(page, whole)));
     if (!arena.memory) throw std::bad_alloc();
+    use_huge_pages(arena.memory.get(), whole);
     arena.size = bytes;
   }
   return arena;
