@@ -1024,10 +1024,10 @@ int find_tile(const GatherGemm& op, const Split& split, int64_t t, int64_t phase
 //
 //   C [16 channels x 16 pixels] += A [16 channels x 16 columns of 4] * B [16 columns x 16 pixels of 4]
 //
-// A column is a (tap, input block), whose 16 pixels lie anywhere, unaligned and mostly in L2: loaded as they lie, such rows hold the
-// products back (3,300 of 4,700 GMAC/s were measured, where copies are aligned and in L1). So the columns that a group of channels
-// uses are first copied, 16 to a tile, between the products before, and every tile of weights then finds them ready. Where all groups
-// use the same columns, as in a dense layer, they are copied once for all groups.
+// A column is a (tap, input block), whose 16 pixels lie anywhere, unaligned and mostly in L2: loaded as they lie, such rows hold
+// the products back (3,300 of 4,700 GMAC/s were measured, where copies are aligned and in L1). So the columns that a group of
+// channels uses are first copied, 16 to a tile, between the products before, and every tile of weights then finds them ready.
+// Where all groups use the same columns, as in a dense layer, they are copied once for all groups.
 
 #if defined(__AMX_INT8__)
 
