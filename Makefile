@@ -30,16 +30,33 @@ $(PEERS)/installed: $(PEERS)/packages $(SOURCES)
 	$(PEERS)/bin/pip install --quiet --no-build-isolation --editable .
 	touch $@
 
+# Need a CUDA device. gpu-test runs the tests of the CUDA kernels as they are and under each tool of compute-sanitizer, which comes
+# with CUDA or as `pip install nvidia-cuda-sanitizer-api`. ARGS as in `make test`.
+GPU_TESTS := tests/test_block_linear.py tests/test_block_conv2d.py tests/test_block_conv_transpose2d.py tests/test_cuda_ops.py \
+	tests/test_cuda_device.py -k "cuda and not emulated"
+.PHONY: gpu-test gpu-bench
+gpu-test: $(VENV)/installed
+	$(BIN)/python -c "from sparsegan.ops import cuda; import sys; sys.exit(cuda.unavailable())"
+	$(BIN)/python -m pytest $(GPU_TESTS) $(ARGS)
+	for tool in memcheck racecheck synccheck initcheck; do \
+		echo "compute-sanitizer $$tool"; \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --kernel-name regex=sparsegan \
+			$(BIN)/python -m pytest -x $(GPU_TESTS) $(ARGS) || exit 1; \
+	done
+
+gpu-bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.bench_gpu $(ARGS)
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
 	$(BIN)/mypy
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.h %.cpp,$(SOURCES))
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
 
 # torch first and by itself: the CPU build is a tenth of the size of what a plain `pip install torch` brings. A machine that already
 # has a torch keeps it: set PYTHON to its interpreter and the environment sees its packages.

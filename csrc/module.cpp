@@ -52,6 +52,19 @@ double dot_peak(ScalarType dtype, bool loads) {
   return sum;
 }
 
+// The GPU architectures that the CUDA kernels were compiled for, such as "80 90", or nothing.
+std::string cuda_architectures() {
+#ifdef SPARSEGAN_CUDA_ARCHITECTURES
+  return SPARSEGAN_CUDA_ARCHITECTURES;
+#else
+  return "";
+#endif
+}
+
+#ifdef SPARSEGAN_NO_CUDA  // else csrc/cuda/ops_cuda.cpp looks for a device
+std::string cuda_error() { return "sparsegan._C was built without CUDA: " SPARSEGAN_NO_CUDA; }
+#endif
+
 }  // namespace
 }  // namespace sparsegan
 
@@ -60,6 +73,10 @@ STABLE_TORCH_LIBRARY_IMPL(sparsegan, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&sparsegan::isa));
   m.impl("available_isas", TORCH_BOX(&sparsegan::available_isas));
   m.impl("dot_peak", TORCH_BOX(&sparsegan::dot_peak));
+  m.impl("cuda_architectures", TORCH_BOX(&sparsegan::cuda_architectures));
+#ifdef SPARSEGAN_NO_CUDA
+  m.impl("cuda_error", TORCH_BOX(&sparsegan::cuda_error));
+#endif
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 
 from sparsegan.formats import FIELDS, from_dict
 from sparsegan.graph_file import build_graph, describe_graph
-from sparsegan.layers import SPARSE_TYPES, SparseLayer
+from sparsegan.layers import SPARSE_TYPES, SparseLayer, SparseProgram
+from sparsegan.ops import BackendError, cuda
 from sparsegan.swap import Explanation, LayerRow
 
 FORMAT, VERSION = "sparsegan", "2"
@@ -109,13 +110,16 @@ def save(model: nn.Module, path: str | Path) -> None:
     Path(path).write_bytes(save_tensors(tensors, metadata))
 
 
-def load(path: str | Path, backend: str | None = None) -> nn.Module:
-    """The model that `save` wrote, on the CPU, in eval mode.
+def load(path: str | Path, backend: str | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """The model that `save` wrote, in eval mode.
 
     backend: name of the backend of the sparse layers; None takes the first that can.
+    device:  where to put it. Weights are packed anew for the blocks that the kernels there take.
 
-    Raises ValueError for a file that is truncated, altered, of another version or not ours, or that describes
-    what a kernel must not be given; FileNotFoundError when there is none.
+    Raises BackendError when nothing can run on that device; ValueError for a model whose zeros do not fit its blocks
+    (the text says which pattern to prune with), for one of programs, which run on the CPU only, and for a file that
+    is truncated, altered, of another version or not ours, or that describes what a kernel must not be given;
+    FileNotFoundError when there is none.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -141,7 +145,29 @@ def load(path: str | Path, backend: str | None = None) -> nn.Module:
             model.swap_explanation = _explanation(content["explanation"])  # type: ignore[assignment]
     except _NONSENSE as error:
         raise ValueError(f"{path} describes no model that can be loaded: {error}") from error
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model if torch.device(device).type == "cpu" else _moved(model, torch.device(device))
+
+
+def _moved(model: nn.Module, device: torch.device) -> nn.Module:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"cannot load on {device}: {cuda.unavailable() or 'torch sees no CUDA device'}")
+    _fit(model, device.type)
+    return model.to(device)
+
+
+def _fit(model: nn.Module, device: str) -> None:
+    """Pack the sparse layers for the kernels of a device. Raises ValueError, naming the layer, for one that does not fit."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseProgram):
+            raise ValueError(
+                f"the model has programs, which run on the CPU only: for {device}, swap with SwapConfig(programs=False)"
+            )
+        if isinstance(module, SparseLayer):
+            try:
+                module.repack(device)
+            except ValueError as error:
+                raise ValueError(f"layer {name or '(the model)'} does not fit {device}: {error}") from None
 
 
 def _describe(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -204,7 +230,8 @@ def _build(spec: Mapping[str, Any], name: str, tensors: dict[str, Tensor], backe
         return build_graph(spec, take, backend)
     settings = {key: _tupled(value) for key, value in spec["settings"].items()}
     if kind in _SPARSE_BY_NAME:
-        weight = {field: take(field) for field in FIELDS}
+        halved = f"{name}.metadata" if name else "metadata"
+        weight = {field: take(field) for field in (*FIELDS, *(["metadata"] if halved in tensors else []))}
         weight["cols"] = weight["cols"].to(torch.int32)
         packed = from_dict(weight, spec["in_channels"], spec["taps"])
         return _SPARSE_BY_NAME[kind](packed, backend=backend, **settings)

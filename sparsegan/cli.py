@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from typer.core import TyperGroup
 
-from sparsegan import ops
+from sparsegan import ops, triton_kernels
 from sparsegan.checkpoint import load, save
 from sparsegan.compress import compress
 from sparsegan.demo import DEFAULT_MODELS, DEFAULT_STEPS, run_demo, stage_bars
@@ -228,7 +228,7 @@ def info(as_json: _Json = False) -> None:
     x = torch.zeros(1)
     machine, extension = machine_facts(), ops.extension_error() or "loaded"
     backends = {
-        op: {backend.name: backend.refuse(x) or "available" for backend in table}
+        op: {backend.name: backend.refuse(x, None) or "available" for backend in table}
         for op, table in _OPS.items()
     }
     peaks = {
@@ -241,6 +241,12 @@ def info(as_json: _Json = False) -> None:
                 "machine": machine,
                 "extension": extension,
                 "isas": ops.available_isas(),
+                "cuda": {
+                    "architectures": ops.cuda.architectures(),
+                    "unavailable": ops.cuda.unavailable(),
+                    "devices": ops.cuda.devices(),
+                },
+                "triton": triton_kernels.describe(),
                 "backends": backends,
                 "dot_peak_gmacs": peaks,
             }
@@ -251,6 +257,11 @@ def info(as_json: _Json = False) -> None:
         table.add_row(name, str(value))
     table.add_row("extension", extension)
     table.add_row("isas, best first", ", ".join(ops.available_isas()) or "none")
+    built = ", ".join(f"sm_{arch}" for arch in ops.cuda.architectures())
+    table.add_row("CUDA", "\n".join(filter(None, [built and f"built for {built}", ops.cuda.unavailable()])))
+    for i, device in enumerate(ops.cuda.devices()):
+        table.add_row(f"cuda:{i}", device)
+    table.add_row("Triton", triton_kernels.describe())
     for op, states in backends.items():
         table.add_row(op, "\n".join(f"{name}: {state}" for name, state in states.items()))
     for name, peak in peaks.items():

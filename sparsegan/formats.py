@@ -19,18 +19,35 @@ The layout is our own (a block CSR with one pointer a tap).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-DTYPES = (torch.int8, torch.bfloat16, torch.float32)
+DTYPES = (torch.int8, torch.float16, torch.bfloat16, torch.float32)
 
-# Block heights the CPU kernels are compiled for, with the share of their peak that each reaches: lower blocks
-# reuse every loaded input vector fewer times. BK is 4 because a 32-bit lane holds four int8 input channels.
-EFFICIENCY = {4: 0.85, 8: 1.0}
-BK = 4
+# Blocks (BO, BK) that the kernels of a device are compiled for, with the share of their peak that each reaches.
+# CPU: lower blocks reuse every loaded input vector fewer times; BK is 4 because a 32-bit lane holds four int8 input channels.
+# CUDA: BK is one slice of a tensor core's sum or two; lower blocks reuse every gathered input fewer times (predicted from the
+# bytes a multiply-add, never measured).
+_CPU = {(4, 4): 0.85, (8, 4): 1.0}
+_CUDA_HALF = {(16, 16): 0.5, (32, 32): 0.8, (64, 16): 1.0}
+BLOCKS: dict[str, dict[torch.dtype, dict[tuple[int, int], float]]] = {
+    "cpu": dict.fromkeys(DTYPES, _CPU),
+    "cuda": {
+        torch.int8: {(16, 32): 0.5, (32, 32): 0.8, (64, 32): 1.0},
+        torch.float16: _CUDA_HALF,
+        torch.bfloat16: _CUDA_HALF,
+    },
+}
+# The same for 2:4 weights, on CUDA; BK counts the zeros too.
+TWO_FOUR_BLOCKS: dict[torch.dtype, dict[tuple[int, int], float]] = {
+    torch.int8: {(32, 64): 0.8, (64, 64): 1.0},
+    torch.float16: {(32, 32): 0.8, (64, 32): 1.0},
+    torch.bfloat16: {(32, 32): 0.8, (64, 32): 1.0},
+}
 
 # An int32 accumulator holds this many u8 x s8 products: 255 * 128 * 65536 < 2**31.
 MAX_INT8_PRODUCTS = 65536
@@ -56,6 +73,9 @@ class PackedWeight:
                   transposed convolution sums other taps.
     scale:        float32 [O], weight scale times input scale; 1 unless values are int8.
     bias:         float32 [O].
+    metadata:     int32 [B, BO * BK / 32], of a 2:4 weight only (`pack_two_four`), whose values are [B, BO, BK / 2].
+    constants:    (zero_sums, pad), what the CUDA kernels derive from the rest; made and explained by
+                  `ops.cuda.validated`.
     """
 
     values: Tensor
@@ -67,6 +87,8 @@ class PackedWeight:
     bias: Tensor
     in_channels: int
     taps: int
+    metadata: Tensor | None = None
+    constants: tuple[Tensor, ...] = ()
 
     @property
     def out_channels(self) -> int:
@@ -75,15 +97,24 @@ class PackedWeight:
     @property
     def block(self) -> tuple[int, int]:
         """(BO, BK)"""
-        return self.values.shape[1], self.values.shape[2]
+        return self.values.shape[1], self.values.shape[2] * (1 if self.metadata is None else 2)
 
     @property
     def rows(self) -> int:
         return self.row_channels.shape[0] // self.values.shape[1]
 
     def tensors(self) -> list[Tensor]:
-        """The tensors in the order in which the ops take them (`FIELDS`)."""
-        return [getattr(self, field) for field in FIELDS]
+        """The tensors in the order in which the ops take them: `FIELDS`, metadata, constants. See `from_tensors`."""
+        return [*as_dict(self).values(), *self.constants]
+
+    def to(self, device: str | torch.device) -> PackedWeight:
+        """The same weight on another device."""
+        return from_tensors([tensor.to(device) for tensor in self.tensors()], self.in_channels, self.taps)
+
+
+def blocks_for(device: str | torch.device, dtype: torch.dtype) -> dict[tuple[int, int], float]:
+    """Blocks of the kernels that compute with `dtype` weights on `device`, see `BLOCKS`; empty where there are none."""
+    return BLOCKS.get(torch.device(device).type, {}).get(dtype, {})
 
 
 def tap_phases(
@@ -118,14 +149,16 @@ def pack(
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     groups: int = 1,
+    device: str = "cpu",
 ) -> PackedWeight:
     """Keep the blocks of a weight that are not all zero.
 
     view:   [O, T, C / groups], taps in position order; for int8 the integer values themselves.
-    dtype:  number format of the packed values: torch.int8, torch.bfloat16 or torch.float32.
-    block:  (BO, BK); None takes the cheaper of the two heights the CPU kernels know.
+    dtype:  number format of the packed values, one of `DTYPES`.
+    block:  (BO, BK); None takes the one of `BLOCKS` that costs the kernels of `device` least.
     scale:  [O], default ones. bias: [O], default zeros.
     groups: a grouped weight becomes the block-diagonal [O, T, C]; the absent blocks cost nothing.
+    device: "cpu" or "cuda"; whose blocks to choose from. The packed weight lies on the CPU in either case.
 
     Raises ValueError for a view that is not 3-d or is empty, NaN or infinite weights, values that int8 cannot
     hold, and sizes that overflow the 32-bit indices or the int32 accumulator of the kernels.
@@ -134,18 +167,21 @@ def pack(
         raise ValueError(
             f"view must be a weight [O, T, C] with at least one element, got {tuple(view.shape)}"
         )
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     if block is not None and (len(block) != 2 or min(block) < 1):
         raise ValueError(f"block must be two positive numbers (output channels, input channels), got {block}")
     out_channels, taps, group_inputs = view.shape
     if groups < 1 or out_channels % groups:
         raise ValueError(f"groups must divide the {out_channels} output channels, got {groups}")
     in_channels = group_inputs * groups
-    heights = sorted(EFFICIENCY, reverse=True) if block is None else [block[0]]
-    bk = BK if block is None else block[1]
-    width = -(-in_channels // bk)
-    if -(-out_channels // min(heights)) * taps * width >= 2**31:
-        shape = [out_channels, taps, in_channels]
-        raise ValueError(f"a weight {shape} has more {min(heights)}x{bk} blocks than 32 bits can number")
+    sizes = blocks_for(device, dtype) if block is None else {(block[0], block[1]): 1.0}
+    if not sizes:
+        raise ValueError(f"there are no {device} kernels for {dtype} weights")
+    for bo, bk in sizes:
+        if -(-out_channels // bo) * taps * -(-in_channels // bk) >= 2**31:
+            shape = [out_channels, taps, in_channels]
+            raise ValueError(f"a weight {shape} has more {bo}x{bk} blocks than 32 bits can number")
     _check_weights(view, dtype)
 
     # Working with the list of non-zero weights makes groups, ragged channels and moved channels plain index
@@ -161,13 +197,17 @@ def pack(
     alive[o] = True
     in_place = torch.arange(out_channels)
     orders = [in_place] if alive.all() else [torch.cat([in_place[alive], in_place[~alive]]), in_place]
-    held = torch.zeros(out_channels, taps * width, dtype=torch.bool)
-    column = t * width + c // bk
-    held[o, column] = True
-    layouts = [_rows(held, order, bo) for bo in heights for order in orders]
-    bo, order, cells = min(
-        layouts, key=lambda layout: layout[2].sum().item() * layout[0] / EFFICIENCY.get(layout[0], 1)
+    layouts = []
+    for bo, bk in sizes:
+        width = -(-in_channels // bk)
+        held = torch.zeros(out_channels, taps * width, dtype=torch.bool)
+        held[o, t * width + c // bk] = True
+        layouts += [((bo, bk), order, _rows(held, order, bo)) for order in orders]
+    (bo, bk), order, cells = min(
+        layouts, key=lambda layout: layout[2].sum().item() * math.prod(layout[0]) / sizes[layout[0]]
     )
+    width = -(-in_channels // bk)
+    column = t * width + c // bk
 
     row, col = cells.nonzero(as_tuple=True)
     blocks = row.shape[0]
@@ -203,6 +243,77 @@ def pack(
     return packed
 
 
+def pack_two_four(
+    view: Tensor,
+    dtype: torch.dtype = torch.int8,
+    block: tuple[int, int] | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    groups: int = 1,
+) -> PackedWeight:
+    """As `pack`, for a weight with at most 2 non-zeros in every 4 consecutive input channels: half the values are left out.
+
+    Of each run of 4, two values are kept, lower channel first, and their places in the run, 0..3, as two bits each in
+    `metadata`, in the order in which tensor cores take them (csrc/cuda/launch.h). Blocks of zeros are left out as ever.
+    block: one of `TWO_FOUR_BLOCKS`; None takes the cheapest.
+
+    Raises ValueError for what `pack` refuses, other blocks and number formats, and a weight that is not 2:4.
+    """
+    sizes = TWO_FOUR_BLOCKS.get(dtype, {})
+    if not sizes or (block is not None and tuple(block) not in sizes):
+        wanted = ", ".join(f"{t} {bo}x{bk}" for t, known in TWO_FOUR_BLOCKS.items() for bo, bk in known)
+        came = f"{dtype} blocks of {block[0]}x{block[1]}" if block else f"{dtype} blocks"
+        raise ValueError(f"there are no 2:4 kernels for {came}; there are for {wanted}")
+    packs = [pack(view, dtype, size, scale, bias, groups) for size in ([block] if block else sizes)]
+    best = min(packs, key=lambda packed: packed.values.numel() / sizes[packed.block])
+    runs = best.values.unflatten(2, (-1, 4))
+    if bool(((runs != 0).sum(-1) > 2).any()):
+        raise ValueError("the weight is not 2:4: 4 consecutive input channels hold more than 2 non-zeros")
+    # The non-zeros first, then zeros, so that two different places always come out.
+    places = (runs == 0).byte().argsort(dim=-1, stable=True)[..., :2].sort(dim=-1).values
+    values = runs.gather(-1, places).flatten(2)
+    packed = replace(best, values=values, metadata=_metadata(places.flatten(2), dtype))
+    validate(packed)
+    return packed
+
+
+def _metadata(places: Tensor, dtype: torch.dtype) -> Tensor:
+    """Places [B, BO, kept] in 0..3 as int32 words [B, BO * kept / 16], ordered for mma.sp; see csrc/cuda/launch.h."""
+    fields = 16 if dtype == torch.int8 else 8  # of one row in a word
+    shape = (len(places), places.shape[1] // 16, 2, 8, 2, fields)  # [B, tile, row / 8, row % 8, half, field]
+    words = (
+        places.view(shape)
+        .permute(0, 1, 3, 4, 2, 5)
+        .reshape(len(places), places.shape[1] * places.shape[2] // 16, 16)
+    )
+    shifted = words.long() << (2 * torch.arange(16, device=places.device))
+    return shifted.sum(-1).to(torch.int32)  # wraps: bit 31 becomes the sign
+
+
+def _places(packed: PackedWeight) -> Tensor:
+    """The inverse of `_metadata`: int64 [B, BO, kept]."""
+    assert packed.metadata is not None
+    blocks, bo, kept = packed.values.shape
+    fields = 16 if packed.values.dtype == torch.int8 else 8
+    bits = packed.metadata.long()[..., None] >> (2 * torch.arange(16, device=packed.metadata.device)) & 3
+    return bits.view(blocks, bo // 16, 8, 2, 2, fields).permute(0, 1, 4, 2, 3, 5).reshape(blocks, bo, kept)
+
+
+def _whole_values(packed: PackedWeight) -> Tensor:
+    """values [B, BO, BK], those that a 2:4 weight leaves out as zeros."""
+    if packed.metadata is None:
+        return packed.values
+    kept = packed.values.unflatten(2, (-1, 2))
+    runs = kept.new_zeros(*kept.shape[:3], 4)
+    return runs.scatter_(-1, _places(packed).view(kept.shape), kept).flatten(2)
+
+
+def repack(packed: PackedWeight, block: tuple[int, int] | None = None, device: str = "cpu") -> PackedWeight:
+    """The same weight in other blocks, on the CPU. Arguments and errors: see `pack`."""
+    view, scale, bias = (t.cpu() for t in (unpack(packed), packed.scale, packed.bias))
+    return pack(view, packed.values.dtype, block, scale, bias, device=device)
+
+
 def unpack(packed: PackedWeight) -> Tensor:
     """The dense weight [O, T, C] that `packed` holds, groups expanded, taps in position order."""
     bo, bk = packed.block
@@ -210,7 +321,7 @@ def unpack(packed: PackedWeight) -> Tensor:
     per_row = packed.tap_ptr[:: packed.taps].diff().long()
     row = torch.arange(packed.rows, device=per_row.device).repeat_interleave(per_row)
     grid = packed.values.new_zeros(packed.rows, packed.taps * width, bo, bk)
-    grid[row, packed.cols.long()] = packed.values
+    grid[row, packed.cols.long()] = _whole_values(packed)
     dense = grid.view(packed.rows, packed.taps, width, bo, bk).permute(0, 3, 1, 2, 4)
     dense = dense.reshape(packed.rows * bo, packed.taps, width * bk)[..., : packed.in_channels]
     real = packed.row_channels >= 0
@@ -247,11 +358,21 @@ def validate(packed: PackedWeight) -> None:
         number = getattr(packed, field)
         need(type(number) is int and 0 < number < 2**31, field, f"be a positive 32-bit int, got {number!r}")
 
-    blocks, bo, bk = packed.values.shape
+    blocks, (bo, bk) = packed.values.shape[0], packed.block
     channels, taps = packed.out_channels, packed.taps
     need(bo > 0 and bk > 0, "values", f"have blocks of at least one weight, got {bo}x{bk}")
     width = -(-packed.in_channels // bk)
     need(taps * width < 2**31, "taps", f"times input blocks fit in 32 bits, got {taps} x {width}")
+
+    if packed.metadata is not None:
+        known = TWO_FOUR_BLOCKS.get(packed.values.dtype, {})
+        need((bo, bk) in known, "values", f"be half of one of the 2:4 blocks {[*known]}, got {bo}x{bk}")
+        came, words = packed.metadata, (blocks, bo * bk // 32)
+        fits = came.dtype == torch.int32 and tuple(came.shape) == words and came.is_contiguous()
+        need(fits, "metadata", f"be int32 {words}, contiguous; got {came.dtype} {tuple(came.shape)}")
+        need(came.device == packed.values.device, "metadata", f"be on {device}, got {came.device}")
+        places = _places(packed).unflatten(2, (-1, 2))
+        need((places.diff(dim=-1) > 0).all(), "metadata", "name two places of each run, the lower first")
 
     slots, bias = packed.row_channels, packed.bias
     need(channels > 0, "scale", "hold at least one output channel")
@@ -287,34 +408,49 @@ def validate(packed: PackedWeight) -> None:
 
 def nbytes(packed: PackedWeight) -> int:
     """Bytes of all tensors of `packed`."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in packed.tensors())
+    return sum(tensor.numel() * tensor.element_size() for tensor in as_dict(packed).values())
 
 
 def density(packed: PackedWeight) -> float:
-    """Share of the blocks of the full [O, T, C] grid that are held: the executed part of a dense layer."""
+    """Share of the blocks of the full [O, T, C] grid that are held, half of that if 2:4: the executed part of a dense layer."""
     grid = packed.rows * packed.taps * -(-packed.in_channels // packed.block[1])
-    return packed.values.shape[0] / grid
+    return packed.values.shape[0] / grid / (1 if packed.metadata is None else 2)
 
 
 def as_dict(packed: PackedWeight) -> dict[str, Tensor]:
-    """The tensors of `packed` by field name, for saving."""
-    return dict(zip(FIELDS, packed.tensors(), strict=True))
+    """The tensors of `packed` by field name, for saving; constants can be made again."""
+    tensors = {field: getattr(packed, field) for field in FIELDS}
+    return tensors if packed.metadata is None else {**tensors, "metadata": packed.metadata}
+
+
+def from_tensors(tensors: Sequence[Tensor], in_channels: int, taps: int) -> PackedWeight:
+    """The inverse of `PackedWeight.tensors`: 7 tensors, 8 with metadata, and 2 more with constants."""
+    named = dict(zip(FIELDS, tensors, strict=False))
+    rest = list(tensors[len(FIELDS) :])
+    if len(rest) % 2:
+        named["metadata"] = rest.pop(0)
+    return replace(_packed(named, in_channels, taps), constants=tuple(rest))
 
 
 def from_dict(tensors: Mapping[str, Tensor], in_channels: int, taps: int) -> PackedWeight:
     """The inverse of `as_dict`. Raises ValueError, naming the field, for what a kernel must not be given."""
-    if set(tensors) != set(FIELDS):
+    if not set(FIELDS) <= set(tensors) <= {*FIELDS, "metadata"}:
         came = ", ".join(sorted(tensors)) or "none"
         raise ValueError(f"packed weight: wanted the tensors {', '.join(FIELDS)}, got {came}")
-    packed = PackedWeight(**tensors, in_channels=in_channels, taps=taps)
+    packed = _packed(tensors, in_channels, taps)
     validate(packed)
     return packed
 
 
-def _rows(held: Tensor, order: Tensor, bo: int) -> tuple[int, Tensor, Tensor]:
-    """Gather the channels of held [O, columns] into rows of bo: (bo, order, cells [rows, columns])."""
+def _packed(tensors: Mapping[str, Tensor], in_channels: int, taps: int) -> PackedWeight:
+    metadata = tensors.get("metadata")
+    return PackedWeight(*(tensors[field] for field in FIELDS), in_channels, taps, metadata)  # type: ignore[arg-type, call-arg]
+
+
+def _rows(held: Tensor, order: Tensor, bo: int) -> Tensor:
+    """Gather the channels of held [O, columns] in this order into rows of bo: bool [rows, columns]."""
     ragged = held.new_zeros(-held.shape[0] % bo, held.shape[1])
-    return bo, order, torch.cat([held[order], ragged]).view(-1, bo, held.shape[1]).any(1)
+    return torch.cat([held[order], ragged]).view(-1, bo, held.shape[1]).any(1)
 
 
 def _float(tensor: Tensor) -> Tensor:
@@ -322,8 +458,6 @@ def _float(tensor: Tensor) -> Tensor:
 
 
 def _check_weights(view: Tensor, dtype: torch.dtype) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     if view.is_floating_point() and not view.isfinite().all():
         raise ValueError("the weight holds NaN or infinite values")
     if dtype == torch.int8 and (view.min() < -128 or view.max() > 127 or bool((view != view.round()).any())):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -18,7 +19,14 @@ from sparsegan import formats, ops
 from sparsegan.formats import FIELDS, PackedWeight
 from sparsegan.ops.program import Engine, Program, with_tensors
 from sparsegan.ops.program import tensors as program_tensors
-from sparsegan.patterns import PRUNABLE_TYPES, PrunableLayer, detect_pattern, weight_view
+from sparsegan.patterns import (
+    PRUNABLE_TYPES,
+    NMPattern,
+    PrunableLayer,
+    detect_pattern,
+    pattern_for,
+    weight_view,
+)
 from sparsegan.quantize import activation_params, quantize_weight
 
 Pair = tuple[int, int]
@@ -26,15 +34,22 @@ Pair = tuple[int, int]
 # No real layer has a kernel, stride or padding this large; the bound keeps all coordinates far from overflow.
 _LARGEST_EXTENT = 65535
 
+_MOST_TAPS, _MOST_PHASES = 128, 16  # of the CUDA kernels: csrc/cuda/launch.h
+
+# A weight is packed anew for the blocks of another device unless that makes it this many times as dense.
+_MOST_DENSER = 1.25
+
 
 def unsupported_reason(layer: nn.Module) -> str | None:
     """Why `layer` has no sparse counterpart, for the user to read; None when it has one."""
     if not isinstance(layer, PRUNABLE_TYPES):
         return f"{type(layer).__name__} is not Linear, Conv2d or ConvTranspose2d"
-    if layer.weight.dtype != torch.float32:
-        return f"weights are {layer.weight.dtype}, the kernels take torch.float32"
-    if layer.weight.device.type != "cpu":
-        return f"weights are on {layer.weight.device}, the kernels run on the CPU"
+    device = layer.weight.device
+    dtypes = ops.cuda.FLOATS if device.type == "cuda" else (torch.float32,)
+    if layer.weight.dtype not in dtypes:
+        return f"weights are {layer.weight.dtype}, the kernels take {' or '.join(map(str, dtypes))}"
+    if device.type not in formats.BLOCKS:
+        return f"weights are on {device}, the kernels run on the CPU and on CUDA devices"
     if layer.weight.numel() == 0:
         return "it has no weights"
     if not isinstance(layer, nn.Linear):
@@ -42,6 +57,10 @@ def unsupported_reason(layer: nn.Module) -> str | None:
             return f"padding_mode {layer.padding_mode!r} is not 'zeros'"
         if layer.padding == "same" and any(d * (k - 1) % 2 for d, k in _extents(layer)):
             return "padding 'same' pads one side more than the other"
+        if device.type == "cuda" and math.prod(layer.kernel_size) > _MOST_TAPS:
+            return f"a kernel of {layer.kernel_size} has more than {_MOST_TAPS} positions"
+        if device.type == "cuda" and layer.transposed and math.prod(layer.stride) > _MOST_PHASES:
+            return f"a stride of {layer.stride} gives more than {_MOST_PHASES} output phases"
     if not weight_view(layer).isfinite().all():
         return "the weight holds NaN or infinite values"
     if layer.bias is not None and not layer.bias.isfinite().all():
@@ -57,17 +76,36 @@ def pack_weight(
     x_scale: float = 1.0,
     order: Sequence[int] | None = None,
     groups: int = 1,
+    device: str = "cpu",
 ) -> PackedWeight:
     """Pack a dense weight [O, T, C / groups], taps in raster order, quantised first if dtype is torch.int8.
 
     bias: [O] or None. x_scale: int8 only, of the input. order: raster indices of the taps in packed order
-    (`formats.tap_order`), for a transposed convolution. block, groups, errors: see `formats.pack`.
+    (`formats.tap_order`), for a transposed convolution. block, groups, device, errors: see `formats.pack`.
     """
     scale = None
     if dtype == torch.int8:
         view, scale = quantize_weight(view)
         scale *= x_scale
-    return formats.pack(view if order is None else view[:, order], dtype, block, scale, bias, groups)
+    view = view if order is None else view[:, order]
+    return _best_packed(view, dtype, block, scale, bias, groups, device)
+
+
+def _best_packed(
+    view: Tensor,
+    dtype: torch.dtype,
+    block: Pair | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    device: str,
+) -> PackedWeight:
+    """As `formats.pack`; on CUDA as a 2:4 weight, where its zeros allow that and it leaves out more."""
+    packed = formats.pack(view, dtype, block, scale, bias, groups, device)
+    if device == "cuda" and block is None and NMPattern(2, 4).respected_by(formats.unpack(packed) != 0):
+        halved = formats.pack_two_four(view, dtype, None, scale, bias, groups)
+        packed = min(packed, halved, key=formats.density)
+    return packed
 
 
 class _Packed(nn.Module):
@@ -116,8 +154,8 @@ class SparseLayer(_Packed):
         super().__init__()
         _check_settings(packed, groups, x_scale, x_zero, activation, slope)
         _check_geometry(type(self).__name__, self.GEOMETRY, geometry, packed.taps)
-        for field, tensor in formats.as_dict(packed).items():
-            self.register_buffer(field, tensor)
+        for field in (*FIELDS, "metadata"):
+            self.register_buffer(field, getattr(packed, field))
         self.in_channels = packed.in_channels
         self.out_channels = packed.out_channels
         self.taps = packed.taps
@@ -129,6 +167,8 @@ class SparseLayer(_Packed):
         self.activation = activation
         self.slope = slope
         self.backend = backend
+        self._constants: tuple[Tensor, ...] = ()
+        self._weight_changed()
 
     @classmethod
     def from_dense(
@@ -156,7 +196,7 @@ class SparseLayer(_Packed):
             raise TypeError(f"{cls.__name__} replaces {cls.DENSE.__name__}, got {type(layer).__name__}")
         if reason := unsupported_reason(layer):
             raise ValueError(f"{cls.__name__} cannot replace {layer}: {reason}")
-        view = weight_view(layer).detach()
+        view = weight_view(layer).detach().float()
         pattern = detect_pattern(view)
         geometry = {name: _geometry(layer, name) for name in cls.GEOMETRY}
         order = None
@@ -171,8 +211,9 @@ class SparseLayer(_Packed):
                 )
             x_scale, x_zero = activation_params(*x_range)
         groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+        device = layer.weight.device
         return cls(
-            pack_weight(view, layer.bias, dtype, block, x_scale, order, groups),
+            pack_weight(view, layer.bias, dtype, block, x_scale, order, groups, device.type),
             groups=groups,
             pattern=str(pattern or "dense"),
             x_scale=x_scale,
@@ -181,7 +222,7 @@ class SparseLayer(_Packed):
             slope=slope,
             backend=backend,
             **geometry,
-        )
+        ).to(device)
 
     @property
     def packed(self) -> PackedWeight:
@@ -189,7 +230,13 @@ class SparseLayer(_Packed):
         # Straight from the dict: nn.Module's attribute look-up costs microseconds, which small layers notice.
         tensors = cast(dict[str, Tensor], self._buffers)
         weight = {field: tensors[field] for field in FIELDS}
-        return PackedWeight(**weight, in_channels=self.in_channels, taps=self.taps)
+        return PackedWeight(
+            **weight,
+            in_channels=self.in_channels,
+            taps=self.taps,
+            metadata=tensors["metadata"],
+            constants=self._constants,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -201,13 +248,67 @@ class SparseLayer(_Packed):
         """Share of the dense layer's multiply-adds that is executed."""
         return min(1.0, formats.density(self.packed) * self.groups)
 
+    def repack(self, device: str) -> None:
+        """Pack the weight anew in blocks that the kernels of `device` ("cpu" or "cuda") take, if it is not; it stays where it is.
+
+        `to` does it by itself. Raises ValueError for a number format that the CUDA kernels do not take, and where they
+        would execute much more of the dense layer than is executed now, because its zeros are finer than their blocks.
+        """
+        packed = self.packed
+        blocks = formats.blocks_for(device, self.dtype)
+        refused = ops.cuda.refuse_weight(packed)
+        if refused is None if device == "cuda" else packed.metadata is None and packed.block in blocks:
+            return
+        if not blocks:
+            raise ValueError(refused)
+        new = _best_packed(
+            formats.unpack(packed).cpu(), self.dtype, None, packed.scale, packed.bias, 1, device
+        )
+        now, then = formats.density(packed), formats.density(new)
+        if device == "cuda" and then > _MOST_DENSER * now:
+            raise ValueError(
+                f"its zeros, pattern {self.pattern}, do not fill blocks of the CUDA kernels: {then:.0%} of the dense layer "
+                f"would be executed in place of {now:.0%}; prune with pattern_for('cuda', {self.dtype}), "
+                f"{pattern_for(device, self.dtype)}"
+            )
+        for field in (*FIELDS, "metadata"):
+            tensor = getattr(new, field)
+            setattr(self, field, None if tensor is None else tensor.to(packed.values.device))
+        self._weight_changed()
+
+    def _weight_changed(self) -> None:
+        """Make again what the CUDA kernels derive from the weight."""
+        packed = self.packed
+        if packed.values.is_cuda and not ops.cuda.refuse_weight(packed):
+            taps = ops.cuda.phase_taps(self.KIND, self.geometry)
+            self._constants = ops.cuda.validated(packed, taps, self.x_zero).constants
+        else:
+            self._constants = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = cast(Tensor, self.values).device.type
+        super()._apply(fn, recurse)
+        now = cast(Tensor, self.values).device.type
+        if now != before and {now, before} <= set(formats.BLOCKS):
+            with suppress(ValueError):  # the call then says what does not fit
+                self.repack(now)
+        self._weight_changed()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._weight_changed()
+
     def settings(self) -> dict[str, Any]:
         """The keyword arguments that, with `packed`, make this layer again, except the backend."""
         names = ("groups", "pattern", "x_scale", "x_zero", "activation", "slope")
         return {name: getattr(self, name) for name in names} | self.geometry
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: float32, as the dense layer takes it. Raises RuntimeError when x requires a gradient."""
+        """x: as the dense layer takes it, float32; on CUDA float16 and bfloat16 too, and the result is of that type.
+
+        Raises RuntimeError when x requires a gradient.
+        """
         _check_inference(self, x)
         if self.GEOMETRY and x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)

@@ -157,9 +157,8 @@ def parse_pattern(text: str) -> Pattern:
 
 
 # The finest blocks that run at full speed. CPU: a lane holds the 4 (u8) or 2 (bf16) input channels of one dot
-# instruction, and 8 output channels reuse each loaded pixel enough to hide the loads. CUDA, whose kernels
-# are still to come: a tensor core wants 32 rows of weights and one 32-wide slice of the sum to be present or
-# absent as a whole.
+# instruction, and 8 output channels reuse each loaded pixel enough to hide the loads. CUDA: a tensor core wants a
+# slice of the sum 32 wide to be present or absent as a whole, and 32 output channels reuse each gathered pixel.
 _FASTEST: dict[tuple[str, torch.dtype], Pattern] = {
     ("cpu", torch.int8): BlockPattern(8, 4),
     ("cpu", torch.bfloat16): BlockPattern(8, 4),
@@ -170,11 +169,11 @@ _FASTEST: dict[tuple[str, torch.dtype], Pattern] = {
 }
 
 
-def pattern_for(device: str | torch.device, dtype: torch.dtype) -> Pattern:
+def pattern_for(device: str | torch.device, dtype: torch.dtype = torch.int8) -> Pattern:
     """The finest pattern to prune with for full speed on ``device`` with ``dtype`` weights.
 
-    For CUDA it is what the kernels that are to come will want: there are none yet. Raises ValueError for a device
-    and dtype that no kernels are planned for, RuntimeError for a device that torch does not know.
+    For CUDA it is a prediction: no GPU was there to measure on. Raises ValueError for a device and dtype without
+    kernels, RuntimeError for a device that torch does not know.
     """
     kind = torch.device(device).type
     if (pattern := _FASTEST.get((kind, dtype))) is None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 
+import emulated
 import pytest
 import torch
 
@@ -12,11 +13,20 @@ from sparsegan import ops, swap
 ISAS = ("avx512_amx", "avx512_vnni", "avx2_vnni", "avx2", "portable")
 
 
-@pytest.fixture(params=["reference", *ISAS])
-def backend(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["reference", *ISAS, "cuda_emulated", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend of an op in turn, the C++ one once for each instruction set; the name to pass as `backend`."""
     if request.param == "reference":
         yield "reference"
+        return
+    if request.param == "cuda_emulated":
+        with emulated.registered() as name:
+            yield name
+        return
+    if request.param == "cuda":
+        if reason := ops.cuda.unavailable():
+            pytest.skip(reason)
+        yield "cuda"
         return
     if ops.extension_error():
         pytest.skip(ops.extension_error())

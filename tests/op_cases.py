@@ -5,32 +5,79 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import emulated
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsegan import ops
+from sparsegan import formats, ops
 from sparsegan.formats import PackedWeight, pack, tap_order
 
-DTYPES = (torch.int8, torch.bfloat16, torch.float32)
+DTYPES = formats.DTYPES
+OPS = {
+    "linear": ops.block_linear,
+    "conv2d": ops.block_conv2d,
+    "conv_transpose2d": ops.block_conv_transpose2d,
+}
+Pair = tuple[int, int]
 
-# Backends for property tests, which draw one: every instruction set of this machine, and the reference.
-RUNNERS = st.sampled_from(["reference", *ops.available_isas()])
+# Backends for property tests, which draw one: every instruction set of this machine, the reference and CUDA.
+CUDA = ["cuda_emulated", *([] if ops.cuda.unavailable() else ["cuda"])]
+RUNNERS = st.sampled_from(["reference", *ops.available_isas(), *CUDA])
+CPU_RUNNERS = st.sampled_from(["reference", *ops.available_isas()])
 
 
 @contextmanager
 def running_on(runner: str) -> Iterator[str]:
     """The `backend` argument for a member of RUNNERS, with its instruction set forced meanwhile."""
-    if runner == "reference":
-        yield "reference"
-        return
-    ops.set_isa(runner)
-    try:
-        yield "cpu"
-    finally:
-        ops.set_isa(None)
+    if runner == "cuda_emulated":
+        with emulated.registered() as name:
+            yield name
+    elif runner in ("reference", "cuda"):
+        yield runner
+    else:
+        ops.set_isa(runner)
+        try:
+            yield "cpu"
+        finally:
+            ops.set_isa(None)
+
+
+def blocks(backend: str, dtype: torch.dtype) -> list[Pair]:
+    """The blocks that a backend takes, for weights of `dtype`; skips the test where there are none."""
+    if backend == "reference":
+        return [(4, 4), (8, 4), (16, 32)]
+    known = formats.BLOCKS["cuda" if backend in CUDA else "cpu"].get(dtype, {})
+    if not known or (backend == "cpu" and dtype == torch.float16):
+        pytest.skip(f"{backend} has no kernels for {dtype} weights")
+    return list(known)
+
+
+def number_formats(backend: str) -> list[torch.dtype]:
+    """Number formats of the weights that a backend takes."""
+    if backend == "reference":
+        return list(DTYPES)
+    return [t for t in DTYPES if t != (torch.float32 if backend in CUDA else torch.float16)]
+
+
+def a_float(backend: str) -> torch.dtype:
+    """The most exact of them."""
+    return torch.float16 if backend in CUDA else torch.float32
+
+
+def placed(x: Tensor, backend: str) -> Tensor:
+    """x on the device of the backend."""
+    return x.cuda() if backend == "cuda" else x
+
+
+def run(kind: str, x: Tensor, packed: PackedWeight, backend: str, **settings: Any) -> Tensor:
+    """The op on the device of the backend; the result on the CPU."""
+    x = placed(x, backend)
+    return OPS[kind](x, packed.to(x.device), backend=backend, **settings).cpu()
 
 
 def blocked_view(o: int, t: int, c: int, density: float, seed: int, integers: bool) -> Tensor:
@@ -66,9 +113,7 @@ def activate(y: Tensor, activation: str, slope: float) -> Tensor:
     }[activation]()
 
 
-def dense_op(
-    kind: str, x: Tensor, view: Tensor, geometry: dict[str, tuple[int, int]], groups: int = 1
-) -> Tensor:
+def dense_op(kind: str, x: Tensor, view: Tensor, geometry: dict[str, Pair], groups: int = 1) -> Tensor:
     """The layer on dense weights with taps in raster order, in the dtype of x."""
     view = view.to(x.dtype)
     if kind == "linear":
@@ -82,7 +127,7 @@ def dense_op(
     return F.conv_transpose2d(x, weight.reshape(groups * c, o // groups, kh, kw), groups=groups, **rest)
 
 
-def positions(kind: str, view: Tensor, geometry: dict[str, tuple[int, int]]) -> Tensor:
+def positions(kind: str, view: Tensor, geometry: dict[str, Pair]) -> Tensor:
     """The view with its taps in the order that `pack` wants."""
     if kind != "conv_transpose2d":
         return view
@@ -92,19 +137,19 @@ def positions(kind: str, view: Tensor, geometry: dict[str, tuple[int, int]]) -> 
 def packed_weight(
     kind: str,
     view: Tensor,
-    geometry: dict[str, tuple[int, int]],
+    geometry: dict[str, Pair],
     dtype: torch.dtype,
-    block_o: int = 8,
+    block: int | Pair = 8,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     groups: int = 1,
 ) -> PackedWeight:
-    return pack(positions(kind, view, geometry), dtype, (block_o, 4), scale, bias, groups)
+    """block: (BO, BK), or the BO of a block of the CPU."""
+    size = (block, 4) if isinstance(block, int) else block
+    return pack(positions(kind, view, geometry), dtype, size, scale, bias, groups)
 
 
-def rounding_bound(
-    kind: str, x: Tensor, view: Tensor, geometry: dict[str, tuple[int, int]], exact: Tensor
-) -> Tensor:
+def rounding_bound(kind: str, x: Tensor, view: Tensor, geometry: dict[str, Pair], exact: Tensor) -> Tensor:
     """4 eps sqrt(K) sqrt(x^2 * W^2) + eps |exact|: how far float32 sums of K products may be off (own, probabilistic)."""
     eps = torch.finfo(torch.float32).eps
     k = view.shape[1] * view.shape[2]

@@ -5,13 +5,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import (
+    CUDA,
     DTYPES,
     RUNNERS,
+    a_float,
     blocked_view,
+    blocks,
     dense_op,
     inputs,
+    number_formats,
     packed_weight,
+    placed,
     rounding_bound,
+    run,
     running_on,
 )
 
@@ -59,24 +65,21 @@ def test_exact_on_integers(backend, shape, dtype, uninitialised_is_nan):
         inputs(size, 0, True),
         inputs((o,), 7, True),
     )
-    for block_o in (4, 8):
-        packed = packed_weight(KIND, view, geometry, dtype, block_o, bias=bias)
+    for block in blocks(backend, dtype):
+        packed = packed_weight(KIND, view, geometry, dtype, block, bias=bias)
         zero = 77 if dtype == torch.int8 else 0
-        y = ops.block_conv2d(
-            x, packed, **geometry, x_zero=zero, activation="leaky_relu", slope=0.5, backend=backend
-        )
+        y = run(KIND, x, packed, backend, **geometry, x_zero=zero, activation="leaky_relu", slope=0.5)
         wanted = dense_op(KIND, x.double(), view, geometry) + bias[:, None, None]
         assert torch.equal(y.double(), torch.where(wanted > 0, wanted, wanted / 2))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_within_rounding(backend, dtype):
     geometry = {"kernel_size": (3, 3), "padding": (1, 1)}
     view, x = blocked_view(32, 9, 48, 0.3, 1, False), inputs((2, 48, 16, 16), 1, False)
-    packed = packed_weight(KIND, view, geometry, dtype)
-    y = ops.block_conv2d(x, packed, **geometry, backend=backend)
-    if dtype == torch.bfloat16:
-        view, x = view.bfloat16().float(), x.bfloat16().float()
+    packed = packed_weight(KIND, view, geometry, dtype, blocks(backend, dtype)[-1])
+    y = run(KIND, x, packed, backend, **geometry)
+    view, x = view.to(dtype).float(), x.to(dtype).float()
     exact = dense_op(KIND, x.double(), view, geometry)
     assert ((y - exact).abs() <= rounding_bound(KIND, x, view, geometry, exact)).all()
 
@@ -85,8 +88,9 @@ def test_within_rounding(backend, dtype):
 def test_groups(backend, groups):
     geometry = {"kernel_size": (3, 3), "padding": (1, 1)}
     view, x = blocked_view(24, 9, 12 // groups, 0.7, 3, True), inputs((2, 12, 8, 8), 3, True)
-    packed = packed_weight(KIND, view, geometry, torch.int8, groups=groups)
-    y = ops.block_conv2d(x, packed, **geometry, x_zero=5, backend=backend)
+    block = blocks(backend, torch.int8)[-1]
+    packed = packed_weight(KIND, view, geometry, torch.int8, block, groups=groups)
+    y = run(KIND, x, packed, backend, **geometry, x_zero=5)
     assert torch.equal(y.double(), dense_op(KIND, x.double(), view, geometry, groups))
 
 
@@ -95,9 +99,10 @@ def test_whole_channels_pruned(backend, uninitialised_is_nan):
     view, x = blocked_view(30, 9, 16, 1.0, 4, True), inputs((1, 16, 12, 12), 4, True)
     view[torch.arange(30) % 4 != 0] = 0
     bias = inputs((30,), 5, True)
-    packed = packed_weight(KIND, view, geometry, torch.int8, bias=bias)
-    assert packed.values.shape[0] <= 9 * 4  # 8 live channels in one row of blocks
-    y = ops.block_conv2d(x, packed, **geometry, x_zero=5, backend=backend)
+    block = blocks(backend, torch.int8)[0]
+    packed = packed_weight(KIND, view, geometry, torch.int8, block, bias=bias)
+    assert packed.values.shape[0] <= 9 * 8 * 4 / min(block[0], 8)  # 8 live channels, in one row if they fit
+    y = run(KIND, x, packed, backend, **geometry, x_zero=5)
     assert torch.equal(y.double(), dense_op(KIND, x.double(), view, geometry) + bias[:, None, None])
 
 
@@ -105,9 +110,11 @@ def test_whole_channels_pruned(backend, uninitialised_is_nan):
 def test_empty_and_full_weights(backend, density, uninitialised_is_nan):
     geometry = {"kernel_size": (3, 3), "padding": (1, 1)}
     view, x = blocked_view(12, 9, 8, density, 0, True), inputs((2, 8, 6, 6), 0, True)
-    for dtype in DTYPES:
-        packed = packed_weight(KIND, view, geometry, dtype, bias=torch.arange(12.0))
-        y = ops.block_conv2d(x, packed, **geometry, x_zero=5 * (dtype == torch.int8), backend=backend)
+    for dtype in number_formats(backend):
+        packed = packed_weight(
+            KIND, view, geometry, dtype, blocks(backend, dtype)[-1], bias=torch.arange(12.0)
+        )
+        y = run(KIND, x, packed, backend, **geometry, x_zero=5 * (dtype == torch.int8))
         assert torch.equal(
             y.double(), dense_op(KIND, x.double(), view, geometry) + torch.arange(12.0)[:, None, None]
         )
@@ -130,11 +137,13 @@ def strided(x, how):
 def test_any_strides(backend, how):
     geometry = {"kernel_size": (3, 3), "padding": (1, 1)}
     view = blocked_view(16, 9, 10, 0.5, 2, True)
-    x = strided(inputs((3, 10, 7, 21), 2, True).clamp(-5, 4), how)
-    for dtype in DTYPES:
-        packed = packed_weight(KIND, view, geometry, dtype)
-        y = ops.block_conv2d(x, packed, **geometry, x_zero=5 * (dtype == torch.int8), backend=backend)
-        assert y.is_contiguous() and torch.equal(y.double(), dense_op(KIND, x.double(), view, geometry))
+    x = strided(placed(inputs((3, 10, 7, 21), 2, True).clamp(-5, 4), backend), how)
+    layout = torch.channels_last if backend in CUDA else torch.contiguous_format
+    for dtype in number_formats(backend):
+        packed = packed_weight(KIND, view, geometry, dtype, blocks(backend, dtype)[0])
+        y = run(KIND, x, packed, backend, **geometry, x_zero=5 * (dtype == torch.int8))
+        assert y.is_contiguous(memory_format=layout)
+        assert torch.equal(y.double(), dense_op(KIND, x.cpu().double(), view, geometry))
 
 
 @settings(max_examples=60, deadline=None)
@@ -145,30 +154,28 @@ def test_any_strides(backend, how):
     stride=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    block_o=st.sampled_from([4, 8]),
+    nth_block=st.sampled_from([0, 1]),
     zero=st.sampled_from([0, 5, 128, 250]),
     seed=st.integers(0, 99),
     runner=RUNNERS,
 )
-def test_any_geometry(size, o, kernel, stride, padding, dilation, block_o, zero, seed, runner):
+def test_any_geometry(size, o, kernel, stride, padding, dilation, nth_block, zero, seed, runner):
     geometry = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
     view, x = blocked_view(o, kernel[0] * kernel[1], size[1], 0.5, seed, True), inputs(size, seed, True)
-    packed = packed_weight(KIND, view, geometry, torch.int8, block_o)
-    if any(
-        s + 2 * p < d * (k - 1) + 1 for s, k, p, d in zip(size[2:], kernel, padding, dilation, strict=True)
-    ):
-        with pytest.raises(ValueError, match="too small"):
-            ops.block_conv2d(x, packed, **geometry, x_zero=zero)
-        return
-    wanted = dense_op(KIND, quantised(x, zero), view, geometry)
     with running_on(runner) as backend:
-        y = ops.block_conv2d(x, packed, **geometry, x_zero=zero, backend=backend)
-    assert torch.equal(y.double(), wanted)
-    packed = packed_weight(KIND, view, geometry, torch.float32, block_o)
-    wanted = dense_op(KIND, x.double(), view, geometry)
-    with running_on(runner) as backend:
-        y = ops.block_conv2d(x, packed, **geometry, backend=backend)
-    assert torch.equal(y.double(), wanted)
+        for dtype in (torch.int8, a_float(backend)):
+            packed = packed_weight(KIND, view, geometry, dtype, blocks(backend, dtype)[nth_block])
+            x_zero = zero if dtype == torch.int8 else 0
+            if any(
+                s + 2 * p < d * (k - 1) + 1
+                for s, k, p, d in zip(size[2:], kernel, padding, dilation, strict=True)
+            ):
+                with pytest.raises(ValueError, match="too small"):
+                    run(KIND, x, packed, backend, **geometry, x_zero=x_zero)
+                continue
+            q = quantised(x, zero) if dtype == torch.int8 else x.double()
+            y = run(KIND, x, packed, backend, **geometry, x_zero=x_zero)
+            assert torch.equal(y.double(), dense_op(KIND, q, view, geometry))
 
 
 def quantised(x, zero):
@@ -179,11 +186,11 @@ def test_stale_memory_does_not_leak(backend):
     """Buffers are kept between calls: what an earlier call left there must not reach a later output."""
     geometry = {"kernel_size": (3, 3), "padding": (1, 1)}
     view = blocked_view(9, 9, 9, 0.5, 0, True)
-    for dtype in DTYPES:
-        packed = packed_weight(KIND, view, geometry, dtype)
-        ops.block_conv2d(torch.full((2, 9, 30, 40), float("nan")), packed, **geometry, backend=backend)
+    for dtype in number_formats(backend):
+        packed = packed_weight(KIND, view, geometry, dtype, blocks(backend, dtype)[0])
+        run(KIND, torch.full((2, 9, 30, 40), float("nan")), packed, backend, **geometry)
         x = inputs((1, 9, 5, 6), 0, True)
-        y = ops.block_conv2d(x, packed, **geometry, backend=backend)
+        y = run(KIND, x, packed, backend, **geometry)
         assert torch.equal(
             y.double(), dense_op(KIND, quantised(x, 0) if dtype == torch.int8 else x.double(), view, geometry)
         )
@@ -204,22 +211,27 @@ def test_threads_agree_bit_for_bit():
 
 
 def test_empty_batch(backend):
-    packed = packed_weight(KIND, torch.ones(6, 9, 5), {"kernel_size": (3, 3)}, torch.float32)
-    assert ops.block_conv2d(torch.zeros(0, 5, 8, 8), packed, kernel_size=(3, 3), backend=backend).shape == (
-        0,
-        6,
-        6,
-        6,
+    dtype = a_float(backend)
+    packed = packed_weight(
+        KIND, torch.ones(6, 9, 5), {"kernel_size": (3, 3)}, dtype, blocks(backend, dtype)[0]
     )
+    y = run(KIND, torch.zeros(0, 5, 8, 8), packed, backend, kernel_size=(3, 3))
+    assert y.shape == (0, 6, 6, 6)
 
 
 def test_wrong_input_is_named(backend):
-    packed = packed_weight(KIND, torch.ones(6, 9, 5), {"kernel_size": (3, 3)}, torch.float32)
+    dtype = a_float(backend)
+    packed = packed_weight(
+        KIND, torch.ones(6, 9, 5), {"kernel_size": (3, 3)}, dtype, blocks(backend, dtype)[0]
+    )
     with pytest.raises(ValueError, match=r"7 channels .*takes 5"):
-        ops.block_conv2d(torch.zeros(1, 7, 8, 8), packed, kernel_size=(3, 3), backend=backend)
+        run(KIND, torch.zeros(1, 7, 8, 8), packed, backend, kernel_size=(3, 3))
     with pytest.raises(ValueError, match=r"\(5, 8, 8\), wanted \[N, C, H, W\]"):
-        ops.block_conv2d(torch.zeros(5, 8, 8), packed, kernel_size=(3, 3), backend=backend)
+        run(KIND, torch.zeros(5, 8, 8), packed, backend, kernel_size=(3, 3))
     with pytest.raises(ValueError, match="too small for a 3x3 kernel"):
-        ops.block_conv2d(torch.zeros(1, 5, 2, 8), packed, kernel_size=(3, 3), backend=backend)
-    with pytest.raises(TypeError, match="float16"):
-        ops.block_conv2d(torch.zeros(1, 5, 8, 8).half(), packed, kernel_size=(3, 3), backend=backend)
+        run(KIND, torch.zeros(1, 5, 2, 8), packed, backend, kernel_size=(3, 3))
+    with pytest.raises(TypeError, match="float64"):
+        run(KIND, torch.zeros(1, 5, 8, 8).double(), packed, backend, kernel_size=(3, 3))
+    if backend not in CUDA:
+        with pytest.raises(TypeError, match="float16"):
+            run(KIND, torch.zeros(1, 5, 8, 8).half(), packed, backend, kernel_size=(3, 3))

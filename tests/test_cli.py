@@ -63,7 +63,7 @@ def test_info():
     for part in ("torch", torch.__version__, "block_conv2d", "reference: available", "GMAC/s"):
         assert part in shown
     facts = run_json("info")
-    assert set(facts) == {"machine", "extension", "isas", "backends", "dot_peak_gmacs"}
+    assert set(facts) == {"machine", "extension", "isas", "cuda", "triton", "backends", "dot_peak_gmacs"}
     assert set(facts["backends"]) == {
         "block_linear",
         "block_conv2d",

@@ -265,7 +265,7 @@ def test_other_types_are_refused():
     with pytest.raises(ValueError, match="needs x_range"):
         SparseLinear.from_dense(nn.Linear(3, 3), dtype=torch.int8)
     with pytest.raises(ValueError, match="dtype must be one of"):
-        SparseLinear.from_dense(nn.Linear(3, 3), dtype=torch.float16)
+        SparseLinear.from_dense(nn.Linear(3, 3), dtype=torch.float64)
 
 
 GEOMETRY = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [str(p) for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in (".cpp", ".h")]
+SOURCES = [str(p) for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
 
 
 @pytest.mark.parametrize(

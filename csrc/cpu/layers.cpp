@@ -10,38 +10,11 @@
 
 namespace sparsegan {
 
-void set_window(Layer* layer, const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
-                const std::vector<int64_t>& padding, const std::vector<int64_t>& output_padding,
-                const std::vector<int64_t>& dilation, const char* op) {
-  constexpr int64_t kMost = 65535;  // no layer is that large, and no product of sizes can overflow below it
-  check_length(kernel_size, 2, 1, kMost, op, "kernel_size");
-  check_length(stride, 2, 1, kMost, op, "stride");
-  check_length(padding, 2, 0, kMost, op, "padding");
-  check_length(output_padding, 2, 0, kMost, op, "output_padding");
-  check_length(dilation, 2, 1, kMost, op, "dilation");
-  layer->kernel_h = kernel_size[0], layer->kernel_w = kernel_size[1];
-  layer->stride_h = stride[0], layer->stride_w = stride[1];
-  layer->padding_h = padding[0], layer->padding_w = padding[1];
-  layer->output_padding_h = output_padding[0], layer->output_padding_w = output_padding[1];
-  layer->dilation_h = dilation[0], layer->dilation_w = dilation[1];
-}
-
 void set_quantization(LayerCall* call, double x_scale, int64_t x_zero, const char* op) {
   STD_TORCH_CHECK(x_scale > 0 && std::isfinite(float(1.0 / x_scale)), op, ": x_scale is ", x_scale, ", wanted a positive number");
   STD_TORCH_CHECK(x_zero >= 0 && x_zero <= 255, op, ": x_zero is ", x_zero, ", wanted 0 to 255");
   call->x_scale = x_scale;
   call->layer.x_zero = int32_t(x_zero);
-}
-
-Activation read_activation(const std::string& name, const char* op) {
-  if (name == "none") return Activation::kNone;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "leaky_relu") return Activation::kLeakyRelu;
-  if (name == "tanh") return Activation::kTanh;
-  if (name == "sigmoid") return Activation::kSigmoid;
-  if (name == "silu") return Activation::kSilu;
-  if (name == "gelu") return Activation::kGelu;
-  STD_TORCH_CHECK(false, op, ": activation is '", name, "', wanted none, relu, leaky_relu, tanh, sigmoid, silu or gelu");
 }
 
 PackedWeight read_weight(const std::vector<Tensor>& weight, int64_t taps, int64_t in_channels, const char* op) {

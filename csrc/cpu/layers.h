@@ -22,14 +22,7 @@ struct LayerCall {
 // index stays inside, so that no weight can make a kernel read elsewhere. `in_channels` is what x brings.
 PackedWeight read_weight(const std::vector<Tensor>& weight, int64_t taps, int64_t in_channels, const char* op);
 
-// kernel_size, stride and dilation at least 1, paddings at least 0; two values each, rows first.
-void set_window(Layer* layer, const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
-                const std::vector<int64_t>& padding, const std::vector<int64_t>& output_padding,
-                const std::vector<int64_t>& dilation, const char* op);
-
 void set_quantization(LayerCall* call, double x_scale, int64_t x_zero, const char* op);
-
-Activation read_activation(const std::string& name, const char* op);
 
 // x: float32 [N, C, H, W] of any strides -> float32 [N, O, P, Q] contiguous, with every layer applied in turn. x_is_rows:
 // x is [M, C], the answer [M, O].

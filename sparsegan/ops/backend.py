@@ -1,7 +1,8 @@
 """Which code runs an op: a table of backends an op, the choice between them, and the extension they come from.
 
 The order of choice: the explicit argument, then `SPARSEGAN_BACKEND`, then the first backend that does not refuse. A backend
-that was named never falls back to another: the error lists every backend and why it refused.
+that was named never falls back to another: the error lists every backend and why it refused. The slow reference serves
+unasked only where there are no kernels at all, because the extension is not built.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import FIELDS, PackedWeight, unpack
+from ..formats import PackedWeight, from_tensors, unpack
 
 ACTIVATIONS = (
     "none",
@@ -35,6 +36,8 @@ LIBRARY.define("set_isa(str name) -> ()")
 LIBRARY.define("isa() -> str")
 LIBRARY.define("available_isas() -> str")
 LIBRARY.define("dot_peak(ScalarType dtype, bool loads) -> float")
+LIBRARY.define("cuda_architectures() -> str")
+LIBRARY.define("cuda_error() -> str")
 
 try:
     importlib.import_module("sparsegan._C")
@@ -54,40 +57,80 @@ class Backend:
     """One way to run an op.
 
     name:   what users call it.
-    refuse: given x, says why this backend cannot run it, or None.
+    refuse: given x and the weight (None: of whatever kind), says why this backend cannot run them, or None.
     run:    the op, with the arguments of its schema.
+    inputs: number formats that x may have.
     """
 
     name: str
-    refuse: Callable[[Tensor], str | None]
+    refuse: Callable[[Tensor, PackedWeight | None], str | None]
     run: Callable[..., Any]
+    inputs: tuple[torch.dtype, ...] = (torch.float32,)
 
 
-def refuse_cpu(x: Tensor) -> str | None:
-    """Why the C++ kernels cannot take x, or None."""
+def refuse_cpu(x: Tensor, weight: PackedWeight | None) -> str | None:
+    """Why the C++ kernels cannot take x and the weight, or None."""
     if _EXTENSION_ERROR is not None:
         return f"{_EXTENSION_ERROR} (install a C++ compiler and reinstall sparsegan)"
     if x.device.type != "cpu":
         return f"x is on {x.device}, the kernels run on the CPU"
+    if weight is not None and weight.values.dtype == torch.float16:
+        return "the weight is float16, the kernels take int8, bfloat16 and float32"
+    if weight is not None and weight.metadata is not None:
+        return "the weight is 2:4 packed, which only the CUDA kernels take"
     return None
 
 
-def refuse_nothing(x: Tensor) -> str | None:
+def refuse_nothing(x: Tensor, weight: PackedWeight | None) -> str | None:
     return None
 
 
-def choose(op: str, table: Sequence[Backend], x: Tensor, requested: str | None) -> Backend:
+@dataclass(frozen=True)
+class Choice:
+    """What the rules above make of an input.
+
+    chosen:  name of the backend that runs it; None: none does.
+    reasons: for every backend of the op, why it cannot run it, or None.
+    """
+
+    op: str
+    chosen: str | None
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = (f"  {name}: {reason or 'available'}" for name, reason in self.reasons.items())
+        return "\n".join([f"{self.op}: {self.chosen or 'no backend'}", *lines])
+
+
+def choice(
+    op: str, table: Sequence[Backend], x: Tensor, weight: PackedWeight | None, requested: str | None = None
+) -> Choice:
+    """What `choose` would do, and why; nothing is run."""
+    name = requested or _ENVIRONMENT
+    reasons = {backend.name: backend.refuse(x, weight) for backend in table}
+    chosen = next((b.name for b in table if _serves(b, name) and reasons[b.name] is None), None)
+    return Choice(op, chosen, reasons)
+
+
+def choose(
+    op: str, table: Sequence[Backend], x: Tensor, weight: PackedWeight | None, requested: str | None
+) -> Backend:
     """The backend that runs `op` on x. Raises BackendError as the module text says."""
     name = requested or _ENVIRONMENT
     for backend in table:
-        if (name is None or backend.name == name) and backend.refuse(x) is None:
+        if _serves(backend, name) and backend.refuse(x, weight) is None:
             if name is None and _EXTENSION_ERROR and not torch.compiler.is_compiling():
                 # Python shows the same warning once.
                 warnings.warn(f"running on the slow {backend.name} backend: {_EXTENSION_ERROR}", stacklevel=3)
             return backend
-    reasons = [f"  {b.name}: {b.refuse(x) or 'available'}" for b in table]
+    _, *reasons = str(choice(op, table, x, weight, requested)).splitlines()
     wanted = f"no backend {name!r}" if name else "no backend"
     raise BackendError("\n".join([f"{op}: {wanted} can run this input", *reasons]))
+
+
+def _serves(backend: Backend, name: str | None) -> bool:
+    """Whether the backend is asked: by its name, or because none was named."""
+    return backend.name == name if name else backend.name != "reference" or _EXTENSION_ERROR is not None
 
 
 def default_backend() -> str | None:
@@ -129,10 +172,11 @@ def dot_peak(dtype: torch.dtype = torch.int8, loads: bool = False) -> float:
     return 0.0 if _EXTENSION_ERROR else torch.ops.sparsegan.dot_peak(dtype, loads)
 
 
-def check_input(op: str, x: Tensor, dims: int, in_channels: int) -> None:
-    """Raise ValueError or TypeError unless x is float32 with `dims` dimensions and the weight's channels."""
-    if x.dtype != torch.float32:
-        raise TypeError(f"{op}: x is {x.dtype}, wanted torch.float32; call x.float()")
+def check_input(op: str, x: Tensor, dims: int, in_channels: int, backend: Backend) -> None:
+    """Raise ValueError or TypeError unless x has a dtype of the backend, `dims` dimensions and the weight's channels."""
+    if x.dtype not in backend.inputs:
+        wanted = " or ".join(map(str, backend.inputs))
+        raise TypeError(f"{op}: x is {x.dtype}, wanted {wanted}; call x.float()")
     layout = "[N, C, H, W]" if dims == 4 else "[..., C]"
     if (dims == 4 and x.dim() != 4) or x.dim() < 1:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}, wanted {layout}")
@@ -181,5 +225,10 @@ def activate(y: Tensor, activation: str, slope: float) -> Tensor:
 
 def dense_weight(weight: Sequence[Tensor], in_channels: int, taps: int) -> Tensor:
     """The packed weight as float64 [O, T, C], taps in position order."""
-    fields = dict(zip(FIELDS, weight, strict=True))
-    return unpack(PackedWeight(**fields, in_channels=in_channels, taps=taps)).double()
+    return unpack(from_tensors(weight, in_channels, taps)).double()
+
+
+def new_output(x: Tensor, *shape: int) -> Tensor:
+    """For shape functions: what an op returns on the device of x; images are channels_last on CUDA."""
+    images = len(shape) == 4 and x.device.type == "cuda"
+    return x.new_empty(shape).to(memory_format=torch.channels_last) if images else x.new_empty(shape)

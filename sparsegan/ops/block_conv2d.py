@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import triton_kernels
 from ..formats import PackedWeight
 from .backend import (
     LIBRARY,
@@ -17,15 +18,18 @@ from .backend import (
     choose,
     dense_weight,
     finish,
+    new_output,
     quantize_input,
     refuse_cpu,
     refuse_nothing,
 )
+from .cuda import FLOATS, on_cuda, refuse_cuda
 
-LIBRARY.define(
+SCHEMA = (
     "block_conv2d(Tensor x, Tensor[] weight, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
     "float x_scale, int x_zero, str activation, float slope) -> Tensor"
 )
+LIBRARY.define(SCHEMA)
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -50,7 +54,7 @@ def _fake(
         output_size(s, k, st, p, d)
         for s, k, st, p, d in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
     ]
-    return x.new_empty(x.shape[0], weight[-1].shape[0], *size)
+    return new_output(x, x.shape[0], weight[6].shape[0], *size)
 
 
 def reference(
@@ -65,7 +69,7 @@ def reference(
     activation: str,
     slope: float,
 ) -> Tensor:
-    values, scale, bias = weight[0], weight[-2], weight[-1]
+    values, scale, bias = weight[0], weight[5], weight[6]
     kh, kw = kernel_size
     dense = dense_weight(weight, x.shape[1], kh * kw).permute(0, 2, 1).reshape(-1, x.shape[1], kh, kw)
     q = quantize_input(x, values, x_scale, x_zero)
@@ -75,6 +79,8 @@ def reference(
 
 BACKENDS = (
     Backend("cpu", refuse_cpu, torch.ops.sparsegan.block_conv2d),
+    Backend("cuda", refuse_cuda, on_cuda("conv2d", torch.ops.sparsegan.block_conv2d), FLOATS),
+    Backend("triton", triton_kernels.refuse, on_cuda("conv2d", triton_kernels.block_conv2d), FLOATS),
     Backend("reference", refuse_nothing, reference),
 )
 
@@ -95,18 +101,20 @@ def block_conv2d(
 ) -> Tensor:
     """act(conv2d(x, W) * scale + bias).
 
-    x: float32 [N, C, H, W] of any strides. packed: the weight [O, kh*kw, C], taps in raster order, groups expanded.
+    x: float32 [N, C, H, W] of any strides; float16 and bfloat16 on CUDA.
+    packed: the weight [O, kh*kw, C], taps in raster order, groups expanded.
     x_scale, x_zero: int8 only, x = (q - x_zero) * x_scale; padding counts as real 0. activation: one of `backend.ACTIVATIONS`.
-    Returns float32 [N, O, P, Q], contiguous. Raises TypeError, ValueError for a wrong x, BackendError.
+    Returns the dtype of x, [N, O, P, Q]: contiguous, or channels_last on CUDA.
+    Raises TypeError, ValueError for a wrong x, BackendError.
     """
-    check_input("block_conv2d", x, 4, packed.in_channels)
+    chosen = choose("block_conv2d", BACKENDS, x, packed, backend)
+    check_input("block_conv2d", x, 4, packed.in_channels, chosen)
     for size, k, p, d in zip(x.shape[2:], kernel_size, padding, dilation, strict=True):
         if size + 2 * p < d * (k - 1) + 1:
             raise ValueError(
                 f"block_conv2d: x has shape {tuple(x.shape)}, too small for a {kernel_size[0]}x{kernel_size[1]} kernel"
                 f" with padding {tuple(padding)} and dilation {tuple(dilation)}"
             )
-    run = choose("block_conv2d", BACKENDS, x, backend).run
-    return run(
+    return chosen.run(
         x, packed.tensors(), kernel_size, stride, padding, dilation, x_scale, x_zero, activation, slope
     )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import triton_kernels
 from ..formats import PackedWeight, tap_order
 from .backend import (
     LIBRARY,
@@ -17,15 +18,18 @@ from .backend import (
     choose,
     dense_weight,
     finish,
+    new_output,
     quantize_input,
     refuse_cpu,
     refuse_nothing,
 )
+from .cuda import FLOATS, on_cuda, refuse_cuda
 
-LIBRARY.define(
+SCHEMA = (
     "block_conv_transpose2d(Tensor x, Tensor[] weight, int[] kernel_size, int[] stride, int[] padding, "
     "int[] output_padding, int[] dilation, float x_scale, int x_zero, str activation, float slope) -> Tensor"
 )
+LIBRARY.define(SCHEMA)
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, output_padding: int, dilation: int) -> int:
@@ -48,7 +52,7 @@ def _fake(
     slope: float,
 ) -> Tensor:
     axes = zip(x.shape[2:], kernel_size, stride, padding, output_padding, dilation, strict=True)
-    return x.new_empty(x.shape[0], weight[-1].shape[0], *(output_size(*axis) for axis in axes))
+    return new_output(x, x.shape[0], weight[6].shape[0], *(output_size(*axis) for axis in axes))
 
 
 def reference(
@@ -64,7 +68,7 @@ def reference(
     activation: str,
     slope: float,
 ) -> Tensor:
-    values, scale, bias = weight[0], weight[-2], weight[-1]
+    values, scale, bias = weight[0], weight[5], weight[6]
     kh, kw = kernel_size
     positions = dense_weight(weight, x.shape[1], kh * kw)  # [O, T, C], by phase
     order = tap_order((kh, kw), tuple(stride), tuple(padding), tuple(dilation))  # type: ignore[arg-type]
@@ -80,6 +84,15 @@ def reference(
 
 BACKENDS = (
     Backend("cpu", refuse_cpu, torch.ops.sparsegan.block_conv_transpose2d),
+    Backend(
+        "cuda", refuse_cuda, on_cuda("conv_transpose2d", torch.ops.sparsegan.block_conv_transpose2d), FLOATS
+    ),
+    Backend(
+        "triton",
+        triton_kernels.refuse,
+        on_cuda("conv_transpose2d", triton_kernels.block_conv_transpose2d),
+        FLOATS,
+    ),
     Backend("reference", refuse_nothing, reference),
 )
 
@@ -101,19 +114,21 @@ def block_conv_transpose2d(
 ) -> Tensor:
     """act(conv_transpose2d(x, W) * scale + bias).
 
-    x: float32 [N, C, H, W] of any strides. packed: the weight [O, kh*kw, C], taps in `formats.tap_order`, groups expanded.
+    x: float32 [N, C, H, W] of any strides; float16 and bfloat16 on CUDA.
+    packed: the weight [O, kh*kw, C], taps in `formats.tap_order`, groups expanded.
     x_scale, x_zero: int8 only, x = (q - x_zero) * x_scale. activation: one of `backend.ACTIVATIONS`.
-    Returns float32 [N, O, P, Q], contiguous. Raises TypeError, ValueError for a wrong x, BackendError.
+    Returns the dtype of x, [N, O, P, Q]: contiguous, or channels_last on CUDA.
+    Raises TypeError, ValueError for a wrong x, BackendError.
     """
-    check_input("block_conv_transpose2d", x, 4, packed.in_channels)
+    chosen = choose("block_conv_transpose2d", BACKENDS, x, packed, backend)
+    check_input("block_conv_transpose2d", x, 4, packed.in_channels, chosen)
     axes = zip(x.shape[2:], kernel_size, stride, padding, output_padding, dilation, strict=True)
     if min(x.shape[2:]) < 1 or min(output_size(*axis) for axis in axes) < 1:
         raise ValueError(
             f"block_conv_transpose2d: x of shape {tuple(x.shape)} gives no output pixel with a"
             f" {kernel_size[0]}x{kernel_size[1]} kernel and padding {tuple(padding)}"
         )
-    run = choose("block_conv_transpose2d", BACKENDS, x, backend).run
-    return run(
+    return chosen.run(
         x,
         packed.tensors(),
         kernel_size,

@@ -201,8 +201,7 @@ def _map_tensors(program: Program, change: Callable[[str, Tensor], Tensor]) -> P
     for i, step in enumerate(program.steps):
         if step.weight is not None:
             named = {f: change(f"step{i}_{f}", t) for f, t in formats.as_dict(step.weight).items()}
-            weight = PackedWeight(**named, in_channels=step.weight.in_channels, taps=step.weight.taps)
-            step = replace(step, weight=weight)
+            step = replace(step, weight=replace(step.weight, **named))  # type: ignore[arg-type]
         if step.norm is not None:
             step = replace(step, norm=replace(step.norm, affine=affine(f"step{i}_norm", step.norm.affine)))
         stores = (
@@ -454,7 +453,13 @@ def validate(program: Program) -> None:
             assert step.weight is not None
             slot = program.slots[step.x]
             formats.validate(step.weight)
-            format, wanted = _WEIGHTS[step.weight.values.dtype], step.weight.in_channels
+            format, wanted = _WEIGHTS.get(step.weight.values.dtype), step.weight.in_channels
+            known = format is not None and step.weight.metadata is None
+            need(
+                known,
+                where,
+                f"have int8, bfloat16 or float32 weights, not 2:4; got {step.weight.values.dtype}",
+            )
             need(slot.format == format, where, f"read a {format} slot with its weights, got {slot.format}")
             need(slot.channels == wanted, where, f"read {wanted} channels, slot {step.x} has {slot.channels}")
             taps, (kh, kw) = step.weight.taps, step.kernel_size
@@ -684,11 +689,11 @@ class Engine:
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs, float32, contiguous, for float32 inputs [N, C, H, W] or [N, C]. Raises RuntimeError for others."""
-        return choose("program", BACKENDS, inputs[0], self.backend).run(self, inputs)
+        return choose("program", BACKENDS, inputs[0], None, self.backend).run(self, inputs)
 
     def bytes(self, inputs: Sequence[Tensor]) -> int:
         """Bytes that activations take between steps, at their peak, for inputs of these shapes; 0 on the reference."""
-        if choose("program", BACKENDS, inputs[0], self.backend).name != "cpu":
+        if choose("program", BACKENDS, inputs[0], None, self.backend).name != "cpu":
             return 0
         return torch.ops.sparsegan.program_bytes(self.handle, list(inputs))
 

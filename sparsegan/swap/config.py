@@ -7,19 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from sparsegan.lowering import NumberFormat
 from sparsegan.patterns import Pattern, parse_pattern
 
-_FORMATS: tuple[NumberFormat, ...] = ("int8", "bf16", "f32")
+Dtype = Literal["int8", "f16", "bf16", "f32"]
+DTYPES: dict[Dtype, torch.dtype] = {
+    "int8": torch.int8,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
 class SwapConfig:
     """How `swap_to_sparse` chooses.
 
-    dtype:       "int8", "bf16" or "f32"; "auto" is int8 when there is data to calibrate with, else f32.
+    dtype:       "int8", "bf16" or "f32" (CPU only) or "f16" (CUDA only); "auto" is int8 when there is data to calibrate
+                 with, else f32, on CUDA f16.
     min_psnr:    dB that an int8 model must keep, with the calibration batches, against the float32 model with
                  the same zeros, over the range of its outputs; where it does not, layers fall to bf16 until it
                  does. None accepts whatever int8 gives. Layers that are swapped one by one are not measured.
@@ -31,9 +38,11 @@ class SwapConfig:
     percentile:  the int8 ranges leave out the (100 - percentile) % furthest out on each side, see
                  `quantize.calibrate`; None keeps the extremes.
     layers:      names of the layers to consider; None considers all.
+    programs:    whether the whole model may become programs, which run on the CPU only. False swaps layers one by one,
+                 so that the model can be moved to CUDA later.
     """
 
-    dtype: Literal["auto", "int8", "bf16", "f32"] = "auto"
+    dtype: Literal["auto", "int8", "f16", "bf16", "f32"] = "auto"
     min_psnr: float | None = 40.0
     backend: str | None = None
     pattern: str | Pattern | None = None
@@ -41,6 +50,7 @@ class SwapConfig:
     calibration: Sequence[tuple[Any, ...]] | None = None
     percentile: float | None = None
     layers: Sequence[str] | None = None
+    programs: bool = True
 
     def __post_init__(self) -> None:
         if self.calibration is not None:  # a generator would be used up by the first swap
@@ -53,9 +63,10 @@ class Request:
 
     inputs:  to time on; None: there are none, and no batches either.
     batches: to calibrate with and to judge the numbers by.
+    no_programs: why the model cannot become programs, or None.
     """
 
-    dtype: NumberFormat
+    dtype: Dtype
     min_psnr: float | None
     backend: str | None
     pattern: Pattern | None
@@ -64,10 +75,11 @@ class Request:
     layers: Sequence[str] | None
     inputs: tuple[Any, ...] | None
     batches: Sequence[tuple[Any, ...]]
+    no_programs: str | None
 
 
-def resolve(config: SwapConfig, example_inputs: tuple[Any, ...] | None) -> Request:
-    """Raises ValueError and TypeError for what makes no sense; see `swap_to_sparse`."""
+def resolve(config: SwapConfig, example_inputs: tuple[Any, ...] | None, on_cuda: bool = False) -> Request:
+    """on_cuda: where the model is. Raises ValueError and TypeError for what makes no sense; see `swap_to_sparse`."""
     if not config.min_speedup >= 0:
         raise ValueError(f"min_speedup must be a number >= 0, got {config.min_speedup}")
     if config.min_psnr is not None and math.isnan(config.min_psnr):
@@ -75,7 +87,7 @@ def resolve(config: SwapConfig, example_inputs: tuple[Any, ...] | None) -> Reque
     batches = _batches(config, example_inputs)
     pattern = parse_pattern(config.pattern) if isinstance(config.pattern, str) else config.pattern
     return Request(
-        dtype=_dtype(config, bool(batches)),
+        dtype=(dtype := _dtype(config, bool(batches), on_cuda)),
         min_psnr=config.min_psnr,
         backend=config.backend,
         pattern=pattern,
@@ -84,7 +96,16 @@ def resolve(config: SwapConfig, example_inputs: tuple[Any, ...] | None) -> Reque
         layers=config.layers,
         inputs=example_inputs if example_inputs is not None else batches[0] if batches else None,
         batches=batches,
+        no_programs=_no_programs(config, dtype, on_cuda),
     )
+
+
+def _no_programs(config: SwapConfig, dtype: Dtype, on_cuda: bool) -> str | None:
+    if on_cuda:
+        return "programs for whole models run on the CPU only"
+    if dtype == "f16":
+        return "programs have no float16"
+    return None if config.programs else "SwapConfig.programs is False"
 
 
 def _batches(config: SwapConfig, example_inputs: tuple[Any, ...] | None) -> list[tuple[Any, ...]]:
@@ -105,11 +126,11 @@ def _batches(config: SwapConfig, example_inputs: tuple[Any, ...] | None) -> list
     return batches
 
 
-def _dtype(config: SwapConfig, data: bool) -> NumberFormat:
+def _dtype(config: SwapConfig, data: bool, on_cuda: bool) -> Dtype:
     if config.dtype == "auto":
-        return "int8" if data else "f32"
-    if config.dtype not in _FORMATS:
-        raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, _FORMATS))}, got {config.dtype!r}")
+        return "int8" if data else "f16" if on_cuda else "f32"
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, DTYPES))}, got {config.dtype!r}")
     if config.dtype == "int8" and not data:
         raise ValueError("int8 needs data to calibrate with: give example_inputs or SwapConfig.calibration")
     return config.dtype

@@ -83,10 +83,13 @@ def has_hooks(module: nn.Module) -> bool:
 def global_rng_untouched() -> Iterator[None]:
     """Models that draw noise draw the same noise in each such block, and the user's random state stays."""
     state = torch.get_rng_state()
+    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:
         torch.set_rng_state(state)
+        if on_cuda:
+            torch.cuda.set_rng_state_all(on_cuda)
 
 
 def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:

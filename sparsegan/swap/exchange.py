@@ -23,7 +23,7 @@ from sparsegan.swap.single import swap_layers
 MODEL_BUDGET = 1.0
 
 # Relative error that rounding cannot explain.
-_TOLERANCE = {"f32": 1e-3, "bf16": 0.1, "int8": 0.5}
+_TOLERANCE = {"f32": 1e-3, "f16": 0.02, "bf16": 0.1, "int8": 0.5}
 
 
 def swap_to_sparse(
@@ -31,13 +31,13 @@ def swap_to_sparse(
 ) -> nn.Module:
     """A copy of `model` that computes with sparse layers where it gains from them; `explain` tells which, and why.
 
-    model:          in eval mode, on the CPU; it is not changed. Any zeros will do, whoever made them.
+    model:          in eval mode, on the CPU or on CUDA; it is not changed. Any zeros will do, whoever made them.
     config:         see SwapConfig.
     example_inputs: positional inputs of the model. With them (else the first calibration batch) the model is
                     captured as a graph, what programs can do of it runs in native calls, and the whole is timed
                     against the dense model, so that the result is never slower. A model that cannot be captured
-                    has its layers timed and swapped one by one. Without data the rule is: a layer is swapped
-                    when its density is at most 0.5, if the compiled kernels are there.
+                    has its layers timed and swapped one by one, and so has one on CUDA. Without data the rule is:
+                    a layer is swapped when its density is at most 0.5, if the compiled kernels are there.
 
     The copy is an fx.GraphModule, or of the model's own class where layers were swapped one by one or none was. It
     is for inference: no parameter requires a gradient. With f32 the outputs are those of `model` up to rounding.
@@ -45,7 +45,8 @@ def swap_to_sparse(
     Raises ValueError for a model in training mode, int8 without data, unknown layers, empty inputs and NaN
     activations; TypeError for inputs that are not a tuple; BackendError when a named backend refuses.
     """
-    request = resolve(config or SwapConfig(), example_inputs)
+    on_cuda = any(parameter.is_cuda for parameter in model.parameters())
+    request = resolve(config or SwapConfig(), example_inputs, on_cuda)
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() first")
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -121,10 +122,13 @@ def _chosen(
 def _candidates(dense: Dense, request: Request, excluded: Mapping[str, str]) -> Iterator[_Candidate]:
     """What is worth trying, best first; each is made when it is asked for."""
     if request.inputs is None:
-        yield _Candidate(*swap_layers(dense.model, dense.fused, request, excluded), "", (), None)
+        remarks = (f"one by one: {request.no_programs}",) if request.no_programs else ()
+        yield _Candidate(*swap_layers(dense.model, dense.fused, request, excluded), "", remarks, None)
         return
     judge = Judge(dense.model, request.inputs, request.batches)
     try:
+        if request.no_programs:
+            raise CaptureError(request.no_programs)
         for whole in swap_programs(dense.model, request, excluded, judge):
             count = "one program" if whole.programs == 1 else f"{whole.programs} programs"
             notes = (whole.note,) if whole.note else ()

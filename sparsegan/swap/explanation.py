@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsegan.formats import BK, EFFICIENCY, density
+from sparsegan.formats import density
 from sparsegan.layers import SparseLayer, SparseProgram
 from sparsegan.patterns import (
     PRUNABLE_TYPES,
@@ -19,7 +19,8 @@ from sparsegan.patterns import (
 )
 
 # What the kernels leave out is at least this large; above this density it is not worth a word.
-_SMALLEST_BLOCK, _HARDLY_LESS = BlockPattern(min(EFFICIENCY), BK), 0.98
+_SMALLEST = {"cpu": BlockPattern(4, 4), "cuda": BlockPattern(16, 32)}
+_HARDLY_LESS = 0.98
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,12 @@ def _useless_zeros(view: Tensor, zeros: Pattern | None, share: float) -> str:
     """What to say when there are zeros, and hardly one of them lies in a block that the kernels leave out."""
     if zeros is None or share < _HARDLY_LESS:
         return ""
-    kept = _SMALLEST_BLOCK.group_sums(view != 0) > 0
+    device = "cuda" if view.device.type == "cuda" else "cpu"
+    kept = _SMALLEST[device].group_sums(view != 0) > 0
     if kept.double().mean() < _HARDLY_LESS:  # they do, but padded rows outweigh them
         return ""
-    few = "no" if kept.all() else "almost no"
-    return f"; {few} zero {_SMALLEST_BLOCK} blocks: {zeros} zeros save nothing on a CPU"
+    few, processor = "no" if kept.all() else "almost no", "GPU" if device == "cuda" else "CPU"
+    return f"; {few} zero {_SMALLEST[device]} blocks: {zeros} zeros save nothing on a {processor}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -151,7 +151,7 @@ class _Task:
             self._captured,
             self._ranges,
             formats,
-            self._request.dtype,
+            cast(NumberFormat, self._request.dtype),  # f16 has no programs
             dict(refused),
             residual,
             self._request.backend,

@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsegan import ops
-from sparsegan.formats import BK, EFFICIENCY
+from sparsegan.formats import blocks_for
 from sparsegan.fuse import FollowingActivation, following_activations
 from sparsegan.layers import SPARSE_TYPES, SparseLayer, unsupported_reason
-from sparsegan.lowering import DTYPES
 from sparsegan.patterns import PRUNABLE_TYPES, BlockPattern, Pattern, PrunableLayer
 from sparsegan.quantize import calibrate
-from sparsegan.swap.config import Request
+from sparsegan.swap.config import DTYPES, Request
 from sparsegan.swap.dense import copied, has_hooks, with_submodule
 from sparsegan.swap.explanation import LayerRow, kept_row, sparse_row
 from sparsegan.swap.race import race
@@ -84,11 +84,12 @@ class _Layer:
         self, request: Request, x_range: tuple[float, float] | None, activation: FollowingActivation | None
     ) -> None:
         """Make the sparse counterpart, or note why there is none."""
+        device = self.module.weight.device
         try:
             self.sparse = SPARSE_TYPES[type(self.module)].from_dense(
                 self.module,
                 dtype=DTYPES[request.dtype],
-                block=_block(request.pattern),
+                block=_block(request.pattern, device, DTYPES[request.dtype]),
                 x_range=x_range,
                 activation=activation.activation if activation else "none",
                 slope=activation.slope if activation else 0.0,
@@ -97,6 +98,14 @@ class _Layer:
             self.activation = activation
         except ValueError as error:  # sizes that the format cannot hold
             self.why = str(error)
+            return
+        # On the CPU there is always something; a backend that was named says itself what it refuses.
+        if device.type == "cuda" and (request.backend or ops.default_backend()) is None:
+            choice = ops.explain(
+                f"block_{self.sparse.KIND}", torch.empty(0, device=device), self.sparse.packed
+            )
+            if choice.chosen is None:
+                self.why, self.sparse = "; ".join(map(str.strip, str(choice).splitlines()[1:])), None
 
     def row(self) -> LayerRow:
         if self.sparse is None:
@@ -113,11 +122,12 @@ class _Layer:
         self.swap, self.why = swap, why
 
 
-def _block(pattern: Pattern | None) -> tuple[int, int] | None:
+def _block(pattern: Pattern | None, device: torch.device, dtype: torch.dtype) -> tuple[int, int] | None:
     """The packed block of a pattern that the kernels have; None lets each layer choose."""
-    if isinstance(pattern, BlockPattern) and pattern.bo in EFFICIENCY and pattern.bk == BK:
-        return pattern.bo, pattern.bk
-    return None
+    known = blocks_for(device, dtype)
+    return next(
+        (b for b in known if isinstance(pattern, BlockPattern) and b == (pattern.bo, pattern.bk)), None
+    )
 
 
 def _survey(model: nn.Module, excluded: Mapping[str, str]) -> list[_Layer]:
