@@ -42,7 +42,7 @@ FORMATS = {"u8": "Int8", "f16": "Float16", "bf16": "BrainFloat16"}
 
 # Multiply-adds a clock of one quarter of a multiprocessor with int8 operands, half of that with f16 and bf16: by mma.sync, and by
 # the architecture's newest instruction (wgmma, tcgen05). From the dense peaks that NVIDIA states, divided by multiprocessors and
-# clock; that mma.sync reaches half of it on sm_90 and a quarter on sm_100 is what others have measured.
+# clock; that mma.sync reaches half of it on sm_90 and a quarter on sm_100 is assumed.
 RATES = {80: (512, 512), 86: (256, 256), 89: (256, 256), 90: (512, 1024), 100: (512, 2048), 120: (256, 256)}
 MMA = {"u8": 16 * 8 * 32, "f16": 16 * 8 * 16, "bf16": 16 * 8 * 16}  # multiply-adds of an mma.sync
 WIDE = ("IGMMA", "HGMMA", "UTCIMMA", "UTCHMMA", "UTCQMMA")

@@ -37,7 +37,7 @@ CASES = {
     "too old": (
         "old = types.ModuleType('triton'); old.__version__ = '2.1.0'; old.__spec__ = types.SimpleNamespace()\n"
         "sys.modules['triton'] = old",
-        "triton 2.1.0 is too old, wanted 3.6 or later",
+        "triton 2.1.0 is too old, wanted 3.7 or later",
     ),
     "broken": (
         "broken = types.ModuleType('triton'); broken.__version__ = '3.7.1'; broken.__spec__ = types.SimpleNamespace()\n"

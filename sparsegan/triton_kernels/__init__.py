@@ -28,7 +28,7 @@ __all__ = [
     "unavailable",
 ]
 
-OLDEST = (3, 6)  # older ones were not tried
+OLDEST = (3, 7)  # older ones were not tried
 OLDEST_CAPABILITY = (8, 0)
 
 
