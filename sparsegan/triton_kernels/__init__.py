@@ -1,7 +1,7 @@
 """The ops as Triton kernels, for CUDA devices (own).
 
 Importing this needs no Triton. `unavailable` looks for it, registers `torch.ops.sparsegan_triton` and says what is missing.
-Tried with Triton 3.7.1, 3.8.0 and 3.9.0 beside torch 2.13.0, on machines without a GPU; never run on hardware.
+Tested with Triton 3.7.1 beside torch 2.13.0, tried with 3.9.0, on machines without a GPU; never run on hardware.
 """
 
 from __future__ import annotations
