@@ -121,7 +121,13 @@ def test_normalisation(run, groups, size):
         Step("pointwise", 1, (Store(~0),), norm=Norm(groups, norm.eps, affine), act=Act("silu"), residual=1),
     )
     (y,) = run(Program(f32(4, 6), steps, 1, 1), x)
-    close(y, F.silu(norm(conv(x))) + conv(x))
+    v = conv(x)
+    wanted = F.silu(norm(v)) + v
+    if math.prod(size) * 6 // groups > 1:
+        return close(y, wanted)
+    # A group of one value has no variance: the rounding of v * gain - mean * gain is multiplied by 1 / sqrt(eps).
+    rounding = 4 * torch.finfo(torch.float32).eps * v.abs().max() * norm.weight.abs().max() / norm.eps**0.5
+    torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5 + float(rounding))
 
 
 @torch.no_grad()
