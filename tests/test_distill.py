@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from sparsegan.prune import prune, recover
+from sparsegan.patterns import BlockPattern
+from sparsegan.prune import distill, prune, recover
+from sparsegan.prune.distill import Phase
+from sparsegan.prune.losses import Adversarial, LayerMatching, Weighted, l1
+from sparsegan.prune.schedule import SCHEDULES, Schedule
 
 
 def teacher() -> nn.Sequential:
@@ -161,3 +165,166 @@ def test_bad_arguments(message, arguments):
 def test_a_frozen_model():
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
         recover(pruned().requires_grad_(False), teacher(), sample, 1)
+
+
+# ------------------------------------------------------------------ phases, losses that learn, schedules
+
+
+def test_phases_follow_each_other():
+    seen = []
+
+    def spy(name):
+        def loss(image, target):
+            seen.append((name, len(image)))
+            return (image - target).square().mean()
+
+        return loss
+
+    recover(pruned(), teacher(), sample, 10, loss=[Phase(0.3, spy("a"), 4), Phase(0.7, spy("b"), 6)])
+    assert seen == [("a", 4)] * 3 + [("b", 6)] * 7
+    with pytest.raises(ValueError, match="shares of the phases must add up to 1"):
+        recover(pruned(), teacher(), sample, 10, loss=[Phase(0.3, spy("a"), 4)])
+
+
+def discriminator() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Conv2d(1, 4, 4, 2, 1), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(256, 1))
+
+
+def test_an_adversary_learns_to_tell_the_images_apart():
+    critic = discriminator()
+    adversary = Adversarial(critic, lr=1e-2)
+    z = sample(64, torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        fake, real = pruned(0.9)(*z), teacher()(*z)
+    for _ in range(60):
+        adversary.update(fake, real)
+    assert critic(real).mean() > critic(fake).mean() + 0.5
+    # The model's gain is to be taken for the teacher.
+    assert adversary(real, real) < adversary(fake, real) - 0.5
+    recover(pruned(), teacher(), sample, 3, batch=4, loss=Weighted((1.0, l1), (0.01, adversary)))
+
+
+def test_data_in_place_of_the_teacher():
+    asked = []
+
+    def data(n):
+        asked.append(n)
+        return torch.ones(n, 1, 16, 16)
+
+    critic = nn.Sequential(nn.Flatten(), nn.Linear(256, 1))
+    adversary = Adversarial(critic, data=data)
+    recover(pruned(), teacher(), sample, 3, batch=4, loss=Weighted((1.0, l1), (0.01, adversary)))
+    assert asked == [4, 4, 4]
+
+
+def test_layers_are_matched_by_name():
+    model, dense = pruned(0.5), teacher()
+    matching = LayerMatching(model, dense, ["0", "3"])
+    z = sample(4, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y, t = model(*z), dense(*z)
+        found = matching(y, t).item()
+        a, b = dense[3](dense[2](dense[1](dense[0](*z)))), model[3](dense[2](dense[1](dense[0](*z))))
+    wanted = (0 + ((a - b).square().mean() / a.square().mean()).item()) / 2
+    assert found == pytest.approx(wanted, rel=1e-4)
+    matching.close()
+    assert not model[3]._forward_hooks
+    with pytest.raises(ValueError, match="no layer of the same name"):
+        LayerMatching(model, dense, ["x"])
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_every_schedule_ends_at_the_whole_sparsity(kind):
+    model, shares = teacher(), []
+
+    def prune_to(share):
+        shares.append(share)
+        prune(model, BlockPattern(4, 4), sparsity=0.5 * share, importance="l1", layers=["3"])
+
+    schedule = Schedule(kind, model, prune_to, 40)
+    recover(model, teacher(), sample, 40, batch=4, lr=1e-3, tighten=schedule)
+    assert shares == sorted(shares) and shares[-1] == 1.0
+    assert len(shares) == {"one-shot": 1, "cubic": 11, "iterative": 3}[kind]
+    assert (model[3].weight == 0).float().mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_rewinding_starts_over_from_the_first_weights():
+    model = teacher()
+    first = model[3].weight.detach().clone()
+    schedule = Schedule(
+        "iterative",
+        model,
+        lambda share: prune(model, sparsity=0.5 * share, importance="l1", layers=["3"]),
+        40,
+    )
+    with torch.no_grad():
+        model[3].parametrizations.weight.original.add_(1.0)
+        model[0].weight.add_(1.0)
+    assert not schedule(9) and schedule(10)
+    kept = model[3].weight != 0
+    assert torch.equal(model[3].weight[kept], first[kept])
+    assert torch.equal(model[0].weight, teacher()[0].weight)
+
+
+def test_unknown_schedule():
+    with pytest.raises(ValueError, match="one-shot, cubic, iterative"):
+        Schedule("linear", teacher(), lambda share: None, 10)
+
+
+# ------------------------------------------------------------------ a run that was interrupted
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupted(path, monkeypatch, at, **settings):
+    """The weights after a training that was killed at a step and then started again."""
+    monkeypatch.setattr(distill, "SAVE_SECONDS", 0.0)
+
+    def kill(done, loss):
+        if done == at:
+            raise Killed
+
+    def train(progress):
+        model = pruned()
+        loss = Weighted((1.0, l1), (0.01, Adversarial(discriminator())))
+        steps = {"steps": 12, "batch": 4, "loss": loss, "state": path, "progress": progress, **settings}
+        return model, recover(model, teacher(), sample, **steps)
+
+    if at:
+        with pytest.raises(Killed):
+            train(kill)
+        assert path.exists()
+    model, history = train(None)
+    return model[3].weight.detach(), history
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
+    whole, history = interrupted(tmp_path / "a", monkeypatch, at=0)
+    resumed, resumed_history = interrupted(tmp_path / "b", monkeypatch, at=7)
+    assert torch.equal(whole, resumed) and history == resumed_history
+
+
+def test_the_state_of_another_run_is_refused(tmp_path, monkeypatch):
+    interrupted(tmp_path / "a", monkeypatch, at=3)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        interrupted(tmp_path / "a", monkeypatch, at=0, seed=5)
+    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        interrupted(tmp_path / "a", monkeypatch, at=0)
+
+
+def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch):
+    path = tmp_path / "state"
+    distill.write_atomically(path, b"before")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(distill.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device; what was there before is unchanged"):
+        distill.write_atomically(path, b"after")
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]

@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from sparsegan.layers import SparseConv2d, SparseConvTranspose2d, SparseLinear
+from sparsegan.patterns import BlockPattern
+from sparsegan.prune import prune
 from sparsegan.quantize import activation_params, calibrate, quantize_weight
+from sparsegan.quantize.aware import quantization_aware
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -124,3 +128,76 @@ def test_bad_calibration(batches, layers, options, match):
 def test_a_model_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         calibrate(model().train(), [torch.zeros(1, 4)], ["0"])
+
+
+# ------------------------------------------------------------------ training with rounding in it
+
+
+def layers() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.ConvTranspose2d(6, 8, 4, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(8, 4, 3),
+            nn.Flatten(),
+            nn.Linear(4 * 36, 5),
+        ).eval()
+
+
+def test_fake_rounding_is_what_the_int8_layers_compute():
+    model, x = layers(), torch.randn(3, 6, 4, 4, generator=seeded())
+    names = ["0", "2", "4"]
+    ranges = calibrate(model, [x], names)
+    prune(model, BlockPattern(4, 2), 0.5, "l1", layers=["2"])
+    zeros = model[2].weight == 0
+    sparse = nn.Sequential(*model)
+    for name, kind in (("0", SparseConvTranspose2d), ("2", SparseConv2d), ("4", SparseLinear)):
+        layer = model.get_submodule(name)
+        sparse[int(name)] = kind.from_dense(
+            layer, dtype=torch.int8, x_range=ranges[name], backend="reference"
+        )
+    weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    with quantization_aware(model, ranges):
+        y = model(x * 1.1)  # beyond the range, too
+        assert not model[2].weight[zeros].any()
+        y.sum().backward()
+    with torch.no_grad():
+        assert torch.allclose(y, sparse(x * 1.1), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(y, model(x * 1.1), rtol=1e-4, atol=1e-4)
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in weights.items())
+    assert model[0].weight.grad is not None and not model[0]._forward_pre_hooks
+
+
+def test_training_with_rounding_lowers_its_error():
+    model, x = layers(), torch.randn(16, 6, 4, 4, generator=seeded())
+    with torch.no_grad():
+        model[2].weight *= 1 + 10 * torch.rand(4, 8, 3, 3, generator=seeded())
+        wanted = model(x)
+    ranges = {
+        "0": (-0.5, 0.5),
+        "2": (0.0, 0.3),
+        "4": (-2.0, 2.0),
+    }  # too narrow, so that there is something to learn
+
+    def error() -> float:
+        with torch.no_grad(), quantization_aware(model, ranges):
+            return float((model(x) - wanted).square().mean())
+
+    before = error()
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    with quantization_aware(model, ranges):
+        for _ in range(40):
+            optimiser.zero_grad()
+            (model(x) - wanted).square().mean().backward()
+            optimiser.step()
+    assert error() < 0.7 * before
+
+
+def test_what_cannot_be_rounded():
+    with (
+        pytest.raises(ValueError, match="'1' is no Linear, Conv2d or ConvTranspose2d"),
+        quantization_aware(layers(), {"1": (0.0, 1.0)}),
+    ):
+        pass

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
+import json
 import math
-from collections.abc import Callable, Iterator
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from sparsegan.prune.losses import Loss, l1_plus_l2
 from sparsegan.prune.trace import Inputs, eval_mode, image_of
 
 SampleInputs: TypeAlias = Callable[[int, torch.Generator], Inputs]
 """``(number of samples, generator) -> positional inputs of the model``"""
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""``(image of the model, image of the teacher) -> scalar``, both images float32"""
+Tighten: TypeAlias = Callable[[int], bool]
+"""``steps done -> whether the masks were changed``; called before each step"""
 
 CHECKPOINT_EVERY = 25
+SAVE_SECONDS = 20.0
+_FORMAT = "sparsegan recovery 1"
 
 
-def l1_plus_l2(image: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute plus mean squared error: sharp edges from the first, no large errors by the second."""
-    error = image - target
-    return error.abs().mean() + error.square().mean()
+class Phase(NamedTuple):
+    """A stretch of training: ``share`` of the steps, with its own loss and number of samples a step."""
+
+    share: float
+    loss: Loss
+    batch: int
 
 
 def recover(
@@ -36,8 +48,11 @@ def recover(
     batch: int = 48,
     lr: float = 1e-3,
     seed: int = 0,
-    loss: str | Loss = "l1+l2",
+    loss: str | Loss | Sequence[Phase] = "l1+l2",
     progress: Callable[[int, float], None] | None = None,
+    *,
+    tighten: Tighten | None = None,
+    state: Path | None = None,
 ) -> list[float]:
     """Train ``model`` in place to give the same images as ``teacher``; returns the loss of each step.
 
@@ -45,76 +60,212 @@ def recover(
     models run in eval mode: norm statistics stay the teacher's, because channels that lost most of their
     inputs have tiny variances, and re-estimating them makes training unstable. Zeros held by a mask stay.
     Under ``torch.autocast("cpu", torch.bfloat16)`` a step takes about 0.6 of the time on CPUs with bfloat16
-    instructions.
+    instructions, and 0.3 with AMX.
 
-    sample_inputs: called with ``batch`` and a generator seeded with ``seed``.
-    loss: "l1+l2", or a callable of the two batches of images.
+    sample_inputs: called with the number of samples and a generator seeded with ``seed``.
+    loss: "l1+l2", a callable of the two batches of images, or phases that follow each other, whose shares add up to 1. A loss
+        with a method ``update(image, target)``, such as `losses.Adversarial`, learns after every step.
     progress: called with (steps done, loss) after every step.
+    tighten: prunes ``model`` further on the way, for a gradual schedule.
+    state: a file that holds the training so far, written about three times a minute and as the last step is done. Where it is
+        there already, training goes on from it; the result is the same as without the interruption.
 
     A step whose loss is not finite is undone: weights and optimiser go back to the last good state, the
-    learning rate is halved, and training goes on. Raises ValueError for bad arguments and a model without
-    trainable parameters, RuntimeError when the loss is not finite from the start. Method: own.
+    learning rate is halved, and training goes on. Raises ValueError for bad arguments, a model without
+    trainable parameters and a ``state`` of another run, RuntimeError when the loss is not finite from the start, OSError when
+    ``state`` cannot be written (what was written before is still there). Method: own.
     """
     if steps < 1 or batch < 1:
         raise ValueError(f"recover needs steps >= 1 and batch >= 1, got steps={steps}, batch={batch}")
     if not 0 < lr < math.inf:
         raise ValueError(f"recover needs a positive learning rate, got lr={lr}")
-    if not callable(loss) and loss != "l1+l2":
-        raise ValueError(f'loss is "l1+l2" or a callable (image, target) -> scalar, got {loss!r}')
-    loss_fn = loss if callable(loss) else l1_plus_l2
+    phases = _phases(loss, batch)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
 
     with ready(model), ready(teacher), torch.enable_grad():
-        generator = torch.Generator().manual_seed(seed)
-        optimiser = torch.optim.Adam(parameters, lr=lr)
-        history: list[float] = []
-        good = _snapshot(parameters, optimiser)
-        for step in range(steps):
-            inputs = sample_inputs(batch, generator)
+        run = _Run(model, parameters, phases, steps, lr, seed)
+        if state is not None:
+            run.resume(state)
+        good = run.snapshot()
+        while run.step < steps:
+            if tighten is not None and tighten(run.step):
+                good = run.snapshot()
+            phase = run.phase()
+            inputs = sample_inputs(phase.batch, run.generator)
             with torch.no_grad():
                 target = image_of(teacher(*inputs)).float()
-            value = loss_fn(image_of(model(*inputs)).float(), target)
-            history.append(value.item())
-            if math.isfinite(history[-1]):
+            image = image_of(model(*inputs)).float()
+            value = phase.loss(image, target)
+            run.history.append(value.item())
+            if math.isfinite(run.history[-1]):
                 # The loss vouches for the weights it was computed with, so they are saved before they change.
-                if step % CHECKPOINT_EVERY == 0:
-                    good = _snapshot(parameters, optimiser)
-                optimiser.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-                optimiser.zero_grad()
-                value.backward()
-                optimiser.step()
-            elif any(map(math.isfinite, history)):
-                _restore(parameters, optimiser, good)
-                lr *= 0.5
+                if run.step % CHECKPOINT_EVERY == 0:
+                    good = run.snapshot()
+                run.descend(value)
+                if hasattr(phase.loss, "update"):
+                    phase.loss.update(image.detach(), target)
+            elif any(map(math.isfinite, run.history)):
+                run.restore(good)
+                run.lr *= 0.5
             else:
                 raise RuntimeError(
-                    f"the loss is {history[-1]} at the first step: look for NaN in the images of both models"
+                    f"the loss is {run.history[-1]} at the first step: look for NaN in the images of both models"
                 )
             # Autocast keeps casts of the weights until its context is left, which may be after training.
             torch.clear_autocast_cache()
+            run.step += 1
+            if state is not None and math.isfinite(run.history[-1]):
+                run.save(state, at_once=run.step == steps)
             if progress is not None:
-                progress(step + 1, history[-1])
-        optimiser.zero_grad()
+                progress(run.step, run.history[-1])
+        run.optimiser.zero_grad()
         if not all(bool(p.isfinite().all()) for p in parameters):
-            _restore(parameters, optimiser, good)
-    return history
+            run.restore(good)
+    return run.history
+
+
+def _phases(loss: str | Loss | Sequence[Phase], batch: int) -> list[Phase]:
+    if isinstance(loss, Sequence) and not isinstance(loss, str):
+        phases = [Phase(*phase) for phase in loss]
+        if not math.isclose(sum(phase.share for phase in phases), 1) or any(p.batch < 1 for p in phases):
+            raise ValueError(f"the shares of the phases must add up to 1, and batches be >= 1: {phases}")
+        return phases
+    if not callable(loss) and loss != "l1+l2":
+        raise ValueError(f'loss is "l1+l2" or a callable (image, target) -> scalar, or phases; got {loss!r}')
+    return [Phase(1.0, loss if callable(loss) else l1_plus_l2, batch)]
 
 
 Snapshot: TypeAlias = tuple[list[Tensor], dict[str, Any]]
 
 
-def _snapshot(parameters: list[nn.Parameter], optimiser: torch.optim.Optimizer) -> Snapshot:
-    return [p.detach().clone() for p in parameters], copy.deepcopy(optimiser.state_dict())
+class _Run:
+    """Where a training is: all that a later process needs to go on as if nothing had happened."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        phases: list[Phase],
+        steps: int,
+        lr: float,
+        seed: int,
+    ) -> None:
+        self.model, self.parameters, self.phases, self.steps, self.lr = model, parameters, phases, steps, lr
+        self.start_lr = lr
+        self.generator = torch.Generator().manual_seed(seed)
+        # Gradients change with every prune and every phase: second moments that remember 100 steps follow them.
+        self.optimiser = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
+        self.history: list[float] = []
+        self.step = 0
+        self.saved = time.monotonic()
+        # Losses that learn (an adversary) are part of the state, with their optimisers.
+        self.learners = nn.ModuleList(phase.loss for phase in phases if isinstance(phase.loss, nn.Module))
+        self.optimisers = [self.optimiser]
+        self.optimisers += [m.optimiser for m in self.learners.modules() if hasattr(m, "optimiser")]  # type: ignore[misc]
+        settings = (steps, lr, seed, [(phase.share, phase.batch) for phase in phases])
+        self.fingerprint = hashlib.sha256(repr(settings).encode())
+        for parameter in parameters:
+            self.fingerprint.update(parameter.detach().contiguous().numpy().tobytes())
+
+    def phase(self) -> Phase:
+        done = 0.0
+        for phase in self.phases:
+            done += phase.share
+            if self.step < round(done * self.steps):
+                return phase
+        return self.phases[-1]
+
+    def descend(self, value: Tensor) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        self.optimiser.zero_grad()
+        value.backward()
+        self.optimiser.step()
+
+    def snapshot(self) -> Snapshot:
+        return [p.detach().clone() for p in self.parameters], copy.deepcopy(self.optimiser.state_dict())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        weights, state = snapshot
+        with torch.no_grad():
+            for parameter, weight in zip(self.parameters, weights, strict=True):
+                parameter.copy_(weight)
+        self.optimiser.load_state_dict(copy.deepcopy(state))
+
+    def save(self, path: Path, at_once: bool) -> None:
+        """Write everything to ``path``, if it was last written long enough ago; another file takes its name when it is whole."""
+        if not at_once and time.monotonic() - self.saved < SAVE_SECONDS:
+            return
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for i, optimiser in enumerate(self.optimisers):
+            for j, moments in optimiser.state_dict()["state"].items():
+                tensors |= {f"optimiser.{i}.{j}.{name}": value for name, value in moments.items()}
+        for i, learner in enumerate(self.learners):
+            if hasattr(learner, "update"):  # a perceptual distance stays as it is
+                tensors |= {f"learner.{i}.{name}": value for name, value in learner.state_dict().items()}
+        tensors["generator"] = self.generator.get_state()
+        tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
+        facts = {"step": self.step, "lr": self.lr, "history": self.history}
+        metadata = {"format": _FORMAT, "run": self.fingerprint.hexdigest(), "facts": json.dumps(facts)}
+        write_atomically(path, save_tensors(tensors, metadata))
+        self.saved = time.monotonic()
+
+    def resume(self, path: Path) -> None:
+        """Go on from ``path``, if it is there."""
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it to start anew") from error
+        if metadata.get("format") != _FORMAT or metadata.get("run") != self.fingerprint.hexdigest():
+            raise ValueError(
+                f"{path} belongs to another run (other weights, steps, rate, seed or phases): delete it, or name another folder"
+            )
+        try:
+            facts = json.loads(metadata["facts"])
+            self.step, self.lr = int(facts["step"]), float(facts["lr"])
+            self.history = [float(value) for value in facts["history"]]
+            with torch.no_grad():
+                self.model.load_state_dict(_under("model.", tensors))
+                for i, learner in enumerate(self.learners):
+                    if hasattr(learner, "update"):
+                        learner.load_state_dict(_under(f"learner.{i}.", tensors))
+            for i, optimiser in enumerate(self.optimisers):
+                state = optimiser.state_dict()
+                for name, value in _under(f"optimiser.{i}.", tensors).items():
+                    number, moment = name.split(".")
+                    state["state"].setdefault(int(number), {})[moment] = value
+                optimiser.load_state_dict(state)
+            self.generator.set_state(tensors["generator"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} does not hold what it should ({error}): delete it to start anew"
+            ) from error
 
 
-def _restore(parameters: list[nn.Parameter], optimiser: torch.optim.Optimizer, snapshot: Snapshot) -> None:
-    weights, state = snapshot
-    with torch.no_grad():
-        for parameter, weight in zip(parameters, weights, strict=True):
-            parameter.copy_(weight)
-    optimiser.load_state_dict(copy.deepcopy(state))
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all: a full disk or a kill leaves what was there before. Raises OSError."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
+        ) from error
 
 
 @contextmanager
