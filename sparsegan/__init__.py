@@ -6,12 +6,22 @@ save(fast, "generator.safetensors")
 """
 
 from .checkpoint import load, save
-from .compress import Compressed, compress
+from .compress import Compressed, compress, sweep
 from .formats import PackedWeight
 from .layers import SparseConv2d, SparseConvTranspose2d, SparseLinear
 from .ops import BackendError
 from .patterns import BlockPattern, ChannelPattern, NMPattern, pattern_for
-from .prune import make_permanent, prune, recover, sparsity_report
+from .prune import (
+    least_damage,
+    make_permanent,
+    prune,
+    reconstruct,
+    recover,
+    sensitivity,
+    sparsity_report,
+)
+from .prune.channels import prune_channels
+from .prune.permute import permute_channels
 from .swap import SwapConfig, explain, swap_to_sparse
 
 __all__ = [
@@ -27,12 +37,18 @@ __all__ = [
     "SwapConfig",
     "compress",
     "explain",
+    "least_damage",
     "load",
     "make_permanent",
     "pattern_for",
+    "permute_channels",
     "prune",
+    "prune_channels",
+    "reconstruct",
     "recover",
     "save",
+    "sensitivity",
     "sparsity_report",
     "swap_to_sparse",
+    "sweep",
 ]

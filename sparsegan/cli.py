@@ -1,4 +1,4 @@
-"""The command line: `sparsegan demo | compress | generate | bench | info`."""
+"""The command line: `sparsegan demo | compress | sweep | generate | bench | info`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -19,10 +19,11 @@ from typer.core import TyperGroup
 
 from sparsegan import ops, triton_kernels
 from sparsegan.checkpoint import load, save
-from sparsegan.compress import compress
+from sparsegan.compress import METHODS, Method, compress, sweep
 from sparsegan.demo import DEFAULT_MODELS, DEFAULT_STEPS, run_demo, stage_bars
 from sparsegan.graph import CheckInputs
 from sparsegan.layers import SparseLayer
+from sparsegan.metrics import extractors
 from sparsegan.models import MODELS, load_model
 from sparsegan.ops.block_conv2d import BACKENDS as CONV2D
 from sparsegan.ops.block_conv_transpose2d import BACKENDS as CONV_TRANSPOSE2D
@@ -31,10 +32,12 @@ from sparsegan.ops.program import BACKENDS as PROGRAM
 from sparsegan.patterns import PRUNABLE_TYPES, parse_pattern
 from sparsegan.prune import make_permanent, prune
 from sparsegan.prune.distill import SampleInputs
+from sparsegan.prune.schedule import SCHEDULES
 from sparsegan.prune.trace import image_of
 from sparsegan.report import (
     check_kernels,
     dense_counterpart,
+    draw_quality,
     finite,
     image_grid,
     layer_results,
@@ -44,6 +47,7 @@ from sparsegan.report import (
     measure_speed,
     model_bytes,
     speed_table,
+    sweep_table,
 )
 from sparsegan.swap import SwapConfig, explain, swap_to_sparse
 
@@ -83,6 +87,11 @@ _Pattern = Annotated[
     str, typer.Option(help="What is zeroed together: a block as 4x4 or 8x4, channel, or 2:4.")
 ]
 _Seed = Annotated[int, typer.Option(help="Of every random draw.")]
+_Model = Annotated[str, typer.Argument(help=f"A trained model: {', '.join(MODELS)}.")]
+_Method = Annotated[str, typer.Option(help=f"What goes: {', '.join(METHODS)}.")]
+_Perceptual = Annotated[
+    str, typer.Option(help="Distance to train on after pixels: vgg16 (fetched), texture, none, or auto.")
+]
 _Steps = Annotated[
     int | None, typer.Option(min=0, help="Steps of distillation; by default about a minute of them.")
 ]
@@ -120,13 +129,31 @@ def demo(
 
 @app.command("compress")
 def compress_command(
-    model: Annotated[str, typer.Argument(help=f"A trained model: {', '.join(MODELS)}.")],
+    model: _Model,
     out: Annotated[
         Path | None, typer.Option(help="The file to write; by default MODEL-sparse.safetensors.")
     ] = None,
     steps: _Steps = None,
-    sparsity: _Sparsity = 0.75,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of the multiply-adds to remove; 0.75 if there is no other budget."),
+    ] = None,
+    speedup: Annotated[
+        float | None, typer.Option(help="In place of it: times as fast as torch eager, measured here.")
+    ] = None,
+    max_kid: Annotated[
+        float | None, typer.Option(help="In place of it: the largest KID x1000 to the dense model.")
+    ] = None,
+    method: _Method = "auto",
     pattern: _Pattern = "4x4",
+    schedule: Annotated[str, typer.Option(help=f"When the zeros come: {', '.join(SCHEDULES)}.")] = "one-shot",
+    perceptual: _Perceptual = "auto",
+    permute: Annotated[
+        bool, typer.Option(help="Reorder channels first, for blocks that gather what matters.")
+    ] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep the state of the work here, and go on from what is there.")
+    ] = None,
     seed: _Seed = 0,
     as_json: _Json = False,
 ) -> None:
@@ -139,10 +166,17 @@ def compress_command(
         compressed = compress(
             loaded.model,
             loaded.sample_inputs,
-            pattern=chosen,
             sparsity=sparsity,
+            speedup=speedup,
+            max_kid=max_kid,
+            method=cast(Method, method),
+            pattern=chosen,
+            schedule=schedule,
+            perceptual=None if perceptual == "none" else perceptual,
+            permute=permute,
             steps=DEFAULT_STEPS[model] if steps is None else steps,
             seed=seed,
+            folder=folder,
             progress=show,
         )
     inputs = loaded.sample_inputs(64, torch.Generator().manual_seed(seed + 1))
@@ -152,8 +186,11 @@ def compress_command(
     with torch.no_grad():
         fidelity = mean_psnr(compressed.model(*inputs), loaded.model(*inputs))
     console.print(layer_table(model, layers))
-    size = path.stat().st_size
-    console.print(f"PSNR to the dense model {fidelity:.1f} dB; wrote {path}, {size / 1000:.0f} kB")
+    size, report = path.stat().st_size, compressed.report
+    console.print(
+        f"{compressed.plan.method}: {report['removed']:.0%} of the operations removed, {report['speedup']:.1f} times as "
+        f"fast as eager float32; PSNR to the dense model {fidelity:.1f} dB; wrote {path}, {size / 1000:.0f} kB"
+    )
     if as_json:
         _print_json(
             {
@@ -162,9 +199,64 @@ def compress_command(
                 "file_bytes": size,
                 "dense_bytes": model_bytes(loaded.model),
                 "psnr": fidelity,
+                "plan": vars(compressed.plan),
+                "report": report,
                 "layers": [vars(layer) for layer in layers],
             }
         )
+
+
+@app.command("sweep")
+def sweep_command(
+    model: _Model,
+    sparsities: Annotated[str, typer.Option(help="Shares of the multiply-adds to remove.")] = "0.5,0.75,0.9",
+    out: Annotated[Path, typer.Option(help="Folder for the models, sweep.json and sweep.png.")] = Path(
+        "sweep-output"
+    ),
+    max_kid: Annotated[
+        float | None, typer.Option(help="Name the fastest model within this KID x1000.")
+    ] = None,
+    extractor: Annotated[
+        str, typer.Option(help=f"Of the features for KID: {', '.join(extractors())}.")
+    ] = "efficientnet-lite0",
+    method: _Method = "auto",
+    pattern: _Pattern = "4x4",
+    perceptual: _Perceptual = "auto",
+    steps: _Steps = None,
+    seed: _Seed = 0,
+    as_json: _Json = False,
+) -> None:
+    """Compress a trained model to several sparsities, and show quality against measured speed."""
+    shares = [float(share) for share in sparsities.split(",")]
+    loaded, console = load_model(model), _console(as_json)
+    with stage_bars(console, model) as show:
+        points, results = sweep(
+            loaded.model,
+            loaded.sample_inputs,
+            shares,
+            extractor=extractor,
+            folder=out,
+            method=method,
+            pattern=parse_pattern(pattern),
+            perceptual=None if perceptual == "none" else perceptual,
+            steps=DEFAULT_STEPS[model] if steps is None else steps,
+            seed=seed,
+            progress=show,
+        )
+    console.print(sweep_table(model, points, [result.plan.method for result in results]))
+    (out / "sweep.json").write_text(json.dumps(finite([vars(point) for point in points]), indent=2))
+    draw_quality({model: [(point.speedup, point.kid) for point in points]}, out / "sweep.png")
+    within = [point for point in points if max_kid is None or point.kid <= max_kid]
+    if not within:
+        raise ValueError(
+            f"no model is within KID {max_kid:g}: the least is {min(point.kid for point in points):.3g}"
+        )
+    best = max(within, key=lambda point: point.speedup)
+    console.print(
+        f"the fastest{'' if max_kid is None else f' within KID {max_kid:g}'}: sparsity {best.sparsity:g}, in {out}"
+    )
+    if as_json:
+        _print_json({"points": [vars(point) for point in points], "best": best.sparsity})
 
 
 @app.command()

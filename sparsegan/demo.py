@@ -75,6 +75,8 @@ def run_demo(
                 model.sample_inputs,
                 pattern=pattern,
                 sparsity=sparsity,
+                method="blocks",
+                perceptual=None,
                 steps=DEFAULT_STEPS[model.name] if steps is None else steps,
                 seed=seed,
                 progress=show,

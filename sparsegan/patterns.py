@@ -37,7 +37,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def expand(self, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Spread ``kept`` (bool, shaped as `group_sums` returns) over a weight view: bool ``[O, T, C]``.
+        """Spread ``kept`` (bool or of another dtype, shaped as `group_sums` returns) over a weight view: ``[O, T, C]``.
 
         Raises ValueError when ``kept`` is not one value per group of ``shape``.
         """

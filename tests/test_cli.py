@@ -1,5 +1,6 @@
 """The command line: what it prints and writes, and that errors are one clear line."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from sparsegan.checkpoint import load, save
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-COMMANDS = ("demo", "compress", "generate", "bench", "info")
+COMMANDS = ("demo", "compress", "sweep", "generate", "bench", "info")
 
 
 def run(*arguments: object, code: int = 0):
@@ -35,7 +36,7 @@ def run_json(*arguments: object) -> Any:
 @pytest.fixture(scope="module")
 def saved(quick: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "small.safetensors"
-    run("compress", "dcgan", "--steps", 1, "--out", path)
+    run("compress", "dcgan", "--steps", 1, "--method", "blocks", "--perceptual", "none", "--out", path)
     return path
 
 
@@ -89,13 +90,34 @@ def test_compress_writes_a_model(saved: Path):
 
 def test_compress_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # without --out, the file is written where one is
-    facts = run_json("compress", "vae", "--steps", 0, "--pattern", "8x4", "--sparsity", 0.25)
+    facts = run_json(
+        "compress", "vae", "--steps", 0, "--method", "blocks", "--pattern", "8x4", "--sparsity", 0.25
+    )
     path = tmp_path / "vae-sparse.safetensors"
     assert facts["model"] == "vae" and facts["file"] == path.name
     assert facts["file_bytes"] == path.stat().st_size < facts["dense_bytes"]
     assert "8x4" in {layer["pattern"] for layer in facts["layers"]}
     assert facts["layers"][0]["psnr"] is None  # not pruned, no difference: infinite
     assert facts["psnr"] > 13
+
+
+def test_sweep_shows_quality_against_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.import_module("sparsegan.compress"), "_KID_SAMPLES", 100)
+    options = ["--sparsities", "0.3,0.6", "--steps", 0, "--method", "blocks", "--extractor", "clothing"]
+    facts = run_json("sweep", "dcgan", *options, "--out", tmp_path)
+    near, far = facts["points"]
+    assert near["sparsity"] == 0.3 and near["kid"] < far["kid"] and near["psnr"] > far["psnr"]
+    with Image.open(tmp_path / "sweep.png") as picture:
+        assert picture.width > 300
+    assert len(json.loads((tmp_path / "sweep.json").read_text())) == 2
+    # A second time nothing is compressed again, and the choice is by the budget.
+    limit = (near["kid"] + far["kid"]) / 2
+    shown = run("sweep", "dcgan", *options, "--out", tmp_path, "--max-kid", limit).output
+    assert "sparsity 0.3" in shown and "Pareto" in shown
+    assert (
+        "no model is within KID"
+        in run("sweep", "dcgan", *options, "--out", tmp_path, "--max-kid", -99, code=1).output
+    )
 
 
 def test_generate_draws_by_seed(saved: Path, tmp_path: Path):

@@ -1,15 +1,21 @@
 """From dense to fast in one call: what comes out, that it is repeatable, and what is left alone."""
 
+import importlib
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sparsegan.compress import Compressed, compress
+from sparsegan.compress import Compressed, compress, sweep
 from sparsegan.layers import SparseProgram
 from sparsegan.patterns import BlockPattern, weight_view
-from sparsegan.prune import sparsity_report
+from sparsegan.prune import distill, sparsity_report
 from sparsegan.report import mean_psnr
+
+compress_module = importlib.import_module("sparsegan.compress")  # the package has a function of that name
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -41,7 +47,11 @@ UNSEEN = latents(32, torch.Generator().manual_seed(1234))
 
 
 def run(**settings: object) -> Compressed:
-    return compress(generator(), latents, **{"sparsity": 0.5, "steps": 3, **settings})
+    return compress(
+        generator(),
+        latents,
+        **{"sparsity": 0.5, "steps": 3, "method": "blocks", "perceptual": None, **settings},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +66,13 @@ def test_gives_a_swapped_and_a_pruned_model(result: Compressed):
     assert 1 - sum(r.macs_kept for r in report) / sum(r.macs_dense for r in report) >= 0.5
     assert not any(parametrize.is_parametrized(module) for module in result.pruned.modules())
     assert BlockPattern(4, 4).respected_by(weight_view(result.pruned[3]) != 0)
+    assert torch.equal(result.masks["3"], result.pruned[3].weight != 0) and not result.masks["3"].all()
     assert len(result.history) == 3 and result.seconds > 0
 
 
 def test_distillation_brings_the_images_back():
     teacher = generator()(*UNSEEN)
-    psnr = [mean_psnr(run(steps=steps).pruned(*UNSEEN), teacher) for steps in (0, 20)]
+    psnr = [mean_psnr(run(steps=steps).pruned(*UNSEEN), teacher) for steps in (1, 40)]
     assert psnr[1] > psnr[0] + 1
 
 
@@ -110,3 +121,172 @@ def test_refuses_training_mode_and_negative_steps():
         compress(generator().train(), latents)
     with pytest.raises(ValueError, match="steps"):
         run(steps=-1)
+
+
+# ------------------------------------------------------------------ methods, budgets, results
+
+
+@pytest.mark.parametrize("method", ["blocks", "channels", "both"])
+def test_every_method_removes_what_was_asked(method: str):
+    result = run(method=method, sparsity=0.6)
+    assert result.plan.method == method
+    assert result.report["removed"] >= 0.6 - 1e-6
+    assert bool(result.plan.widths) == (method != "blocks")
+    assert (result.plan.sparsity is None) == (method == "channels")
+    assert result.pruned(*UNSEEN).shape == generator()(*UNSEEN).shape
+    assert mean_psnr(result.model(*UNSEEN), result.pruned(*UNSEEN)) > 25
+
+
+def test_auto_takes_what_is_nearest_to_the_dense_model():
+    result = run(method="auto", sparsity=0.6)
+    tried = result.report["distance after a short training"]
+    assert set(tried) == {"blocks", "channels", "both"}
+    assert result.plan.method == min(tried, key=tried.get)
+
+
+def test_permuted_blocks_keep_more(monkeypatch: pytest.MonkeyPatch):
+    settings = {"method": "blocks", "pattern": BlockPattern(16, 16), "steps": 0, "sparsity": 0.4}
+    teacher = generator()(*UNSEEN)
+    plain, permuted = (run(permute=permute, **settings).pruned(*UNSEEN) for permute in (False, True))
+    assert mean_psnr(permuted, teacher) > mean_psnr(plain, teacher)
+
+
+def test_a_speed_is_reached_by_measuring(monkeypatch: pytest.MonkeyPatch):
+    """With a clock that counts kept weights, the plan must end where the clock says."""
+
+    def speed(job, swapped):
+        return 10 / (0.1 + job.kept)
+
+    def swapped(job, pruned):
+        weights = [layer.weight for layer in pruned.modules() if isinstance(layer, nn.ConvTranspose2d)]
+        job.kept = float(sum(w.count_nonzero() for w in weights)) / sum(
+            layer.weight.numel() for layer in generator().modules() if isinstance(layer, nn.ConvTranspose2d)
+        )
+        return pruned
+
+    monkeypatch.setattr(compress_module._Job, "speed", speed)
+    monkeypatch.setattr(compress_module._Job, "swapped", swapped)
+    result = run(sparsity=None, speedup=16.0, method="blocks", steps=0)
+    assert result.report["speedup"] == pytest.approx(16.0, rel=0.1)
+    assert 0.2 < result.report["removed"] < 0.9
+    assert run(sparsity=None, speedup=9.0, method="auto", steps=0).plan.method == "nothing removed"
+    with pytest.raises(ValueError, match=r"1000.* cannot be reached with blocks, at most \d+"):
+        run(sparsity=None, speedup=1000.0, method="blocks", steps=0)
+
+
+def mean_colours(images: Tensor) -> Tensor:
+    return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+
+
+def test_sparsity_rises_until_kid_is_passed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compress_module, "_KID_SAMPLES", 200)
+    loose = run(sparsity=None, max_kid=1e6, method="blocks", steps=0, extractor=mean_colours)
+    found = loose.report["KID x1000 by sparsity"]
+    assert (
+        loose.plan.sparsity == 0.7 and len(found) == 3
+    )  # more than 0.72 the layers that stay dense do not allow
+    limit = (found["0.6"] + found["0.7"]) / 2
+    tight = run(sparsity=None, max_kid=limit, method="blocks", steps=0, extractor=mean_colours)
+    assert tight.plan.sparsity == 0.6 and list(tight.report["KID x1000 by sparsity"])[-1] == "0.7"
+    with pytest.raises(ValueError, match="with 50% of the operations removed it is"):
+        run(sparsity=None, max_kid=1e-9, method="blocks", steps=0, extractor=mean_colours)
+
+
+def test_the_result_is_one_object_that_can_be_saved(tmp_path: Path, result: Compressed):
+    both = run(method="both", sparsity=0.65)
+    both.save(tmp_path)
+    again = Compressed.load(tmp_path, generator(), latents)
+    assert (again.plan, again.settings, again.report, again.history) == (
+        both.plan,
+        both.settings,
+        both.report,
+        both.history,
+    )
+    assert torch.equal(again.pruned(*UNSEEN), both.pruned(*UNSEEN))
+    assert torch.equal(again.model(*UNSEEN), both.model(*UNSEEN))
+    assert all(torch.equal(mask, again.masks[name]) for name, mask in both.masks.items())
+    (tmp_path / "compressed.json").write_text('{"plan": {}}')
+    with pytest.raises(ValueError, match="does not hold a compressed model of this one"):
+        Compressed.load(tmp_path, generator(), latents)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(distill, "SAVE_SECONDS", 0.0)
+    settings = {"method": "blocks", "steps": 8, "perceptual": None}
+    whole = run(**settings)
+    steps = []
+
+    def kill(stage: str, done: int, total: int) -> None:
+        if stage == "distil" and done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(folder=tmp_path, progress=kill, **settings)
+
+    def count(stage: str, done: int, total: int) -> None:
+        if stage == "distil" and done:
+            steps.append(done)
+
+    resumed = run(folder=tmp_path, progress=count, **settings)
+    assert steps == [6, 7, 8]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(resumed.pruned.state_dict().values(), whole.pruned.state_dict().values(), strict=True)
+    )
+    assert run(folder=tmp_path, **settings).history == whole.history  # done already: nothing is trained
+    with pytest.raises(ValueError, match="holds the result of other settings"):
+        run(folder=tmp_path, **(settings | {"sparsity": 0.4}))
+
+
+def test_a_sweep_marks_what_nothing_beats(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compress_module, "_KID_SAMPLES", 200)
+    monkeypatch.setattr(compress_module._Job, "speed", lambda job, swapped: 5.0)
+    points, results = sweep(
+        generator(), latents, [0.3, 0.6], extractor=mean_colours, method="blocks", steps=0, perceptual=None
+    )
+    assert [point.sparsity for point in points] == [0.3, 0.6] and len(results) == 2
+    assert points[0].kid < points[1].kid and points[0].psnr > points[1].psnr
+    assert [point.pareto for point in points] == [True, False]  # as fast, and worse
+
+
+def test_example_inputs_do_instead_of_a_sampler():
+    inputs = latents(4, torch.Generator().manual_seed(5))
+    result = compress(generator(), inputs, sparsity=0.5, steps=2, method="blocks", perceptual=None)
+    assert len(result.history) == 2
+
+
+def test_the_texture_distance_trains():
+    result = run(steps=6, method="blocks", perceptual="texture")
+    assert len(result.history) == 6
+
+
+@pytest.mark.parametrize(
+    ("message", "settings"),
+    [
+        ("give one budget", {"speedup": 2.0}),
+        ("speedup must be a positive number", {"sparsity": None, "speedup": -1.0}),
+        ("max_kid must be a positive number", {"sparsity": None, "max_kid": math.nan}),
+        ("unknown method 'prune'; there are: auto, blocks, channels, both", {"method": "prune"}),
+        ('perceptual is "auto", "texture", "vgg16"', {"perceptual": "vgg19"}),
+        ("one-shot, cubic, iterative", {"schedule": "linear", "method": "blocks", "perceptual": None}),
+    ],
+)
+def test_arguments_that_make_no_sense(message: str, settings: dict[str, object]):
+    with pytest.raises(ValueError, match=message):
+        run(**settings)
+
+
+def test_latents_of_the_wrong_shape():
+    with pytest.raises(ValueError, match=r"does not take the inputs \[\[2, 7, 1, 1\]\]"):
+        compress(generator(), lambda n, g: (torch.randn(n, 7, 1, 1, generator=g),), steps=0)
+
+
+def test_a_broken_model():
+    broken = generator()
+    broken[0].weight[0] = torch.nan
+    with pytest.raises(ValueError, match="images hold NaN"):
+        compress(broken, latents, steps=0)

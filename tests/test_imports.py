@@ -23,9 +23,11 @@ ALLOWED = {
     "graph": GROUND | {"quantize", "ops", "layers", "lowering"},
     "graph_file": GROUND | {"ops", "layers", "graph"},
     "swap": GROUND | RUN,
+    "latency": GROUND | {"ops", "layers", "lowering", "graph", "swap"},
     "checkpoint": GROUND | RUN,
-    "models": set(),
-    "metrics": set(),
+    "fetch": set(),
+    "models": {"fetch"},
+    "metrics": {"fetch"},
     "train": {"models", "metrics"},
 }
 # These put the branches together, and may import everything.

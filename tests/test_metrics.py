@@ -1,11 +1,11 @@
-"""psnr, ssim and density_coverage against values worked out by hand or by another formula."""
+"""psnr, ssim, density_coverage and precision_recall against values worked out by hand or by another formula."""
 
 import math
 
 import pytest
 import torch
 
-from sparsegan.metrics import density_coverage, psnr, ssim
+from sparsegan.metrics import density_coverage, precision_recall, psnr, ssim
 
 
 def _images(n: int = 3, channels: int = 1, seed: int = 0) -> torch.Tensor:
@@ -88,3 +88,29 @@ def test_density_coverage_refuses_what_it_cannot_compare() -> None:
         density_coverage(torch.zeros(0, 3), torch.zeros(9, 3))
     with pytest.raises(ValueError, match="from 1 to 4"):
         density_coverage(torch.zeros(4, 2), torch.zeros(5, 2), k=5)
+
+
+def test_precision_recall_counted_by_hand() -> None:
+    # Balls for k = 1: 0 reaches 1, 1 reaches 1, 3 reaches 2, 10 reaches 7; 0.5 reaches 1.5, 2 reaches 1.5, 30 reaches 28.
+    real = torch.tensor([[0.0], [1.0], [3.0], [10.0], [100.0]])
+    samples = torch.tensor([[0.5], [2.0], [30.0], [-5.0]])
+    # 0.5 and 2 lie in real balls, as 30 does in that of 100 (90); -5 in none. All real points but 100 lie in balls of samples.
+    assert precision_recall(samples, real, k=1) == pytest.approx((3 / 4, 4 / 5))
+
+
+def test_precision_recall_tell_what_is_missing_from_what_is_wrong() -> None:
+    rng = torch.Generator().manual_seed(0)
+    real, same = torch.randn(300, 4, generator=rng), torch.randn(300, 4, generator=rng)
+    assert min(precision_recall(same, real)) > 0.8
+    precision, recall = precision_recall(same * 0.2, real)  # good images, little variety
+    assert precision > 0.9
+    assert recall < 0.1
+    assert precision_recall(real, same * 0.2) == (recall, precision)
+    assert precision_recall(same + 20, real) == (0.0, 0.0)
+
+
+def test_precision_recall_refuses_too_few() -> None:
+    with pytest.raises(ValueError, match="from 1 to 2"):
+        precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
+    with pytest.raises(ValueError, match="one shape"):
+        precision_recall(torch.zeros(4, 2), torch.zeros(9, 3))

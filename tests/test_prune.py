@@ -432,7 +432,11 @@ def test_nothing_to_prune():
     "error, message, arguments",
     [
         (TypeError, "pattern must be a Pattern", {"pattern": "4x4"}),
-        (ValueError, "unknown importance 'magnitude'; there are: obd, l1", {"importance": "magnitude"}),
+        (
+            ValueError,
+            "unknown importance 'magnitude'; there are: obd, taylor, obs, wanda, l1",
+            {"importance": "magnitude"},
+        ),
         (ValueError, "unknown allocate 'global'; there are: uniform, damage", {"allocate": "global"}),
         (ValueError, "no layer '33' to prune; there are: 3", {"layers": ["33"]}),
         (ValueError, "no layer '1' to prune", {"layers": ["1"]}),

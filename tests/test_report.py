@@ -1,6 +1,7 @@
 """Grids, tables and measurements: that they show what was measured, and refuse to show what is wrong."""
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from sparsegan.report import (
     WrongKernelError,
     check_kernels,
     dense_counterpart,
+    error_split,
     image_grid,
     layer_results,
     layer_table,
@@ -173,6 +175,45 @@ class TestKernelCheck:
             check_kernels(model, Z)
             sparse = [m for m in model.modules() if isinstance(m, SparseLayer | SparseProgram)]
             assert sparse and all(m.backend is None for m in sparse)
+
+
+class TestErrorSplit:
+    def test_each_error_shows_in_its_own_figure(self, monkeypatch: pytest.MonkeyPatch):
+        split = error_split(dense_model(), pruned_model(), swapped("int8"), Z)
+        assert 5 < split.pruning < 40
+        assert 25 < split.quantisation < 70
+        assert split.kernels > 80
+
+        no_pruning = error_split(dense_model(), dense_model(), swapped("int8", dense_model()), Z)
+        assert no_pruning.pruning == math.inf
+        assert no_pruning.quantisation < 70
+        no_int8 = error_split(dense_model(), pruned_model(), swapped("f32"), Z)
+        assert no_int8.pruning == split.pruning
+        assert no_int8.quantisation > 100
+
+        model, right = swapped("int8"), Engine.run
+
+        def wrong(self: Engine, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            outputs = right(self, inputs)
+            for y in outputs:
+                y[0] += 0.1 if self.backend is None else 0.0
+            return outputs
+
+        monkeypatch.setattr(Engine, "run", wrong)
+        bad = error_split(dense_model(), pruned_model(), model, Z)
+        assert bad[:2] == split[:2]
+        # 0.1 in one of two images: 10 log10(4 / (0.1² / 2)). The other image is equal, which must not hide it.
+        assert bad.kernels == pytest.approx(29.03, abs=0.01)
+
+    def test_refuses_what_is_no_image(self):
+        model = dense_model()
+        flat = nn.Sequential(model, nn.Flatten())
+        with pytest.raises(ValueError, match="the pruned model should give images"):
+            error_split(model, flat, flat, Z)
+        with pytest.raises(ValueError, match=r"the dense model .* NaN"):
+            error_split(nn.Sequential(model, nn.Threshold(2.0, math.nan)), model, model, Z)
+        with pytest.raises(ValueError, match="same shape"):
+            error_split(model, nn.Sequential(model, nn.Upsample(scale_factor=2)), model, Z)
 
 
 class TestDenseCounterpart:

@@ -11,8 +11,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from sparsegan.metrics.backbones import ClothingClassifier
 from sparsegan.models import ConvVAE, dcgan_generator
-from sparsegan.train import fit_prior, load_fashion_mnist, train_gan, train_vae
+from sparsegan.train import (
+    fit_prior,
+    load_fashion_mnist,
+    load_labels,
+    train_clothing,
+    train_gan,
+    train_vae,
+)
 from sparsegan.train.__main__ import app
 from sparsegan.train.artifacts import save_grid, save_weights
 from sparsegan.train.data import read_idx
@@ -32,11 +40,19 @@ def _rectangles(n: int, seed: int) -> Tensor:
     return inside.to(torch.uint8) * 230
 
 
+def _labels(n: int, seed: int) -> Tensor:
+    """uint8 [n]: 1 where the rectangle of the same seed is wide, else 0."""
+    images = _rectangles(n, seed)
+    return (images[:, 14].sum(1) > images[:, :, 14].sum(1)).to(torch.uint8)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("idx")
     _write_idx(folder / "train-images-idx3-ubyte.gz", _rectangles(128, seed=0))
     _write_idx(folder / "t10k-images-idx3-ubyte", _rectangles(32, seed=1))
+    _write_idx(folder / "train-labels-idx1-ubyte.gz", _labels(128, seed=0))
+    _write_idx(folder / "t10k-labels-idx1-ubyte", _labels(32, seed=1))
     return folder
 
 
@@ -65,6 +81,20 @@ def test_images_are_scaled_and_framed_in_black(folder: Path) -> None:
 def test_plain_and_gzipped_files_are_both_found(folder: Path) -> None:
     assert len(load_fashion_mnist("train", folder)) == 128
     assert len(load_fashion_mnist("test", folder)) == 32
+
+
+def test_labels_belong_to_the_images(folder: Path) -> None:
+    labels = load_labels("train", folder)
+    assert labels.dtype == torch.int64
+    assert torch.equal(labels, _labels(128, seed=0).long())
+    assert len(load_labels("test", folder)) == 32
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([3, 10]), torch.zeros(2, 3)])
+def test_labels_that_are_none_are_refused(tmp_path: Path, labels: Tensor) -> None:
+    _write_idx(tmp_path / "train-labels-idx1-ubyte", labels.to(torch.uint8))
+    with pytest.raises(ValueError, match="labels"):
+        load_labels("train", tmp_path)
 
 
 def test_missing_data_says_what_to_install(tmp_path: Path) -> None:
@@ -101,11 +131,14 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
 
 
 def _train(kind: str, images: Tensor, seed: int, steps: int = 2, progress=None) -> torch.nn.Module:
+    if kind == "clothing":
+        labels = torch.arange(len(images)) % 10
+        return train_clothing(images, labels, steps=steps, batch=8, seed=seed, progress=progress)
     train = train_gan if kind == "gan" else train_vae
     return train(images, steps=steps, batch=8, seed=seed, progress=progress)
 
 
-@pytest.mark.parametrize("kind", ["gan", "vae"])
+@pytest.mark.parametrize("kind", ["gan", "vae", "clothing"])
 def test_training_depends_on_the_seed_and_on_nothing_else(kind: str, folder: Path) -> None:
     images = load_fashion_mnist("train", folder)
     state = torch.get_rng_state()
@@ -118,7 +151,7 @@ def test_training_depends_on_the_seed_and_on_nothing_else(kind: str, folder: Pat
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("kind", ["gan", "vae"])
+@pytest.mark.parametrize("kind", ["gan", "vae", "clothing"])
 def test_training_reports_each_step_and_returns_a_model_at_rest(kind: str, folder: Path) -> None:
     steps = []
     model = _train(kind, load_fashion_mnist("train", folder), 0, 3, lambda step, loss: steps.append(step))
@@ -128,7 +161,7 @@ def test_training_reports_each_step_and_returns_a_model_at_rest(kind: str, folde
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 
-@pytest.mark.parametrize("kind", ["gan", "vae"])
+@pytest.mark.parametrize("kind", ["gan", "vae", "clothing"])
 def test_training_stops_at_the_first_loss_that_is_not_finite(kind: str) -> None:
     with pytest.raises(FloatingPointError, match="at step 1"):
         _train(kind, torch.full((8, 1, 32, 32), float("nan")), 0)
@@ -139,6 +172,13 @@ def test_vae_learns_to_reconstruct(folder: Path) -> None:
     model = train_vae(images, steps=40, batch=16, seed=0)
     error = (model(unseen) - unseen).square().mean()
     assert error < 0.5 * (images.mean(0) - unseen).square().mean(), "no better than the mean image"
+
+
+def test_classifier_learns_to_tell_kinds_apart(folder: Path) -> None:
+    images, labels = load_fashion_mnist("train", folder), load_labels("train", folder)
+    model = train_clothing(images, labels, steps=40, batch=32, seed=0)
+    unseen, wanted = load_fashion_mnist("test", folder), load_labels("test", folder)
+    assert (model.logits(unseen).argmax(1) == wanted).float().mean() > 0.8
 
 
 def _energy_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -237,6 +277,29 @@ def test_one_command_writes_weights_card_and_grid(
     assert f"python -m sparsegan.train {command} --out DIR --steps 2 --seed 5 --threads 1" in card
     assert "MIT" in card
     assert f"({stem}.png)" in card
+
+
+def test_the_classifier_is_written_with_a_card_that_says_how_often_it_is_right(
+    folder: Path, tmp_path: Path
+) -> None:
+    arguments = ["clothing", "--out", str(tmp_path), "--data", str(folder), "--steps", "2"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clothing.md", "clothing.safetensors"]
+    ClothingClassifier().load_state_dict(load_file(tmp_path / "clothing.safetensors"))
+    card = (tmp_path / "clothing.md").read_text(encoding="utf-8")
+    assert "python -m sparsegan.train clothing --out DIR --steps 2 --seed 0 --threads 1" in card
+    assert re.search(r"32 test images \| \d+\.\d% \|", card)
+    assert "png" not in card
+
+
+def test_command_refuses_labels_that_do_not_match(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    _write_idx(tmp_path / "t10k-labels-idx1-ubyte", _labels(31, seed=1))
+    result = CliRunner().invoke(app, ["clothing", "--out", str(tmp_path / "out"), "--data", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "32 images and 31 labels" in result.output
 
 
 def test_command_without_data_fails_with_the_reason(tmp_path: Path) -> None:

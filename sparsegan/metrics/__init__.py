@@ -1,6 +1,26 @@
-"""How good are images: against a reference (psnr, ssim) and as a set against real ones (density_coverage)."""
+"""How good are images: against a reference (psnr, ssim, lpips) and as a set against another (kid, precision_recall ...)."""
 
-from sparsegan.metrics.neighbours import density_coverage
+from sparsegan.metrics.backbones import Backbone, load_backbone
+from sparsegan.metrics.distribution import kid, kid_standard_error
+from sparsegan.metrics.features import extractors, features, load_extractor
+from sparsegan.metrics.neighbours import density_coverage, precision_recall
 from sparsegan.metrics.pairs import psnr, ssim
+from sparsegan.metrics.perceptual import FeatureDistance, lpips
+from sparsegan.metrics.scattering import TextureDistance
 
-__all__ = ["density_coverage", "psnr", "ssim"]
+__all__ = [
+    "Backbone",
+    "FeatureDistance",
+    "TextureDistance",
+    "density_coverage",
+    "extractors",
+    "features",
+    "kid",
+    "kid_standard_error",
+    "load_backbone",
+    "load_extractor",
+    "lpips",
+    "precision_recall",
+    "psnr",
+    "ssim",
+]

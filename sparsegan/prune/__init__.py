@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,11 @@ from sparsegan.patterns import (
 )
 from sparsegan.prune import allocate as budgets
 from sparsegan.prune import importance as scoring
+from sparsegan.prune.allocate import least_damage, sensitivity
 from sparsegan.prune.distill import recover
-from sparsegan.prune.importance import Importance
+from sparsegan.prune.importance import GradientImportance, Importance, gradient_importance
 from sparsegan.prune.masks import adopt_torch_mask, make_permanent, set_mask
+from sparsegan.prune.reconstruct import Fit, correct_bias, reconstruct, weight_parameter
 from sparsegan.prune.trace import (
     Inputs,
     LayerSparsity,
@@ -33,23 +36,31 @@ from sparsegan.prune.trace import (
 )
 
 __all__ = [
+    "Fit",
+    "GradientImportance",
     "LayerSparsity",
+    "correct_bias",
     "count_macs",
+    "gradient_importance",
+    "least_damage",
     "make_permanent",
     "prune",
+    "reconstruct",
     "recover",
+    "sensitivity",
     "sparsity_report",
 ]
 
 DEFAULT_PATTERN = BlockPattern(4, 4)
 DEFAULT_SPARSITY = 0.75
-IMPORTANCES = ("obd", "l1", "l2", "random")
+# "obs" removes the blocks in so many rounds, each with what the ones before left.
+OBS_ROUNDS = 2
 
 
 def prune(
     model: nn.Module,
     pattern: Pattern = DEFAULT_PATTERN,
-    sparsity: float | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
     importance: str | Importance = "obd",
     example_inputs: Inputs | None = None,
     allocate: str = "uniform",
@@ -67,10 +78,13 @@ def prune(
     sparsity: share of the multiply-adds to remove, in [0, 1), of the whole model or of the named
         ``layers`` alone; at least that is removed, and less than one group more. None means 0.75.
         An N:M pattern fixes it at 1 - N/M of each pruned layer: None or that value.
-    importance: "obd" (`importance.obd`; needs ``example_inputs``), "l1", "l2", "random", or a callable
-        ``(layer name, layer, weight view [O, T, C]) -> scores [O, T, C]``; the higher are kept.
-    example_inputs: the tuple of positional inputs of one call. "obd" draws new latents in their shape
-        (`importance.draw_inputs`). Without them each weight counts as one multiply-add.
+        A mapping says for each layer what share of its own to remove; the other layers stay as they are.
+    importance: "obd", "taylor", "wanda", "obs", "l1", "l2", "random" (the functions in `importance`; the first
+        four need ``example_inputs``), or a callable ``(layer name, layer, weight view [O, T, C]) -> scores [O, T, C]``;
+        the higher are kept. "obs" removes in `OBS_ROUNDS` rounds, and after each fits the kept weights of the pruned
+        layers to what the model computed before (`reconstruct`); the others leave the kept weights as they were.
+    example_inputs: the tuple of positional inputs of one call. Scores that run the model draw new latents in their
+        shape (`importance.draw_inputs`). Without them each weight counts as one multiply-add.
     allocate: "uniform", every pruned layer to the same density; "damage", groups compete across layers
         by score per multiply-add, which needs a score that means the same in every layer, as "obd" does.
     layers: names of the layers to prune. None means all but those that touch the image (1 to 4
@@ -84,7 +98,14 @@ def prune(
     """
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a Pattern such as BlockPattern(4, 4), got {pattern!r}")
-    sparsity = _checked_sparsity(pattern, sparsity)
+    per_layer = isinstance(sparsity, Mapping)
+    if isinstance(sparsity, Mapping):
+        if layers is not None:
+            raise ValueError("sparsity by layer names the layers to prune: leave layers out")
+        shares = {name: _checked_sparsity(pattern, share) for name, share in sparsity.items()}
+        layers = list(shares)
+    else:
+        shares = {"": _checked_sparsity(pattern, sparsity)}
     if allocate not in budgets.RULES:
         raise ValueError(f"unknown allocate {allocate!r}; there are: {', '.join(budgets.RULES)}")
 
@@ -100,16 +121,40 @@ def prune(
         _check_weight(name, layer)
         adopt_torch_mask(layer)
 
-    score = _resolve_importance(importance, model, chosen, example_inputs, seed)
-    sums = {name: pattern.group_sums(_checked_scores(name, layer, score)) for name, layer in chosen.items()}
-    if isinstance(pattern, NMPattern):
-        kept = {name: pattern.best(scores) for name, scores in sums.items()}
-    else:
-        kept = _keep_within_budget(pattern, chosen, sums, positions, macs, sparsity, budgets.RULES[allocate])
-    for name, layer in chosen.items():
-        view = weight_view(layer)
-        mask = pattern.expand(kept[name], tuple(view.shape))
-        set_mask(layer, from_weight_view(layer, mask).to(view.device))
+    def keep(sums: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
+        """The groups to keep when the share ``progress`` of the way is done, each step by the same factor."""
+        if isinstance(pattern, NMPattern):
+            return {name: pattern.best(scores) for name, scores in sums.items()}
+        kept: dict[str, Tensor] = {}
+        for group, share in shares.items():
+            among = {group: chosen[group]} if per_layer else chosen
+            counted = {group: macs[group]} if per_layer else macs
+            kept |= _keep_within_budget(
+                pattern, among, sums, positions, counted, 1 - (1 - share) ** progress, budgets.RULES[allocate]
+            )
+        return kept
+
+    generator = torch.Generator().manual_seed(seed)
+    fitted = importance == "obs"
+    if fitted:
+        for name, layer in chosen.items():
+            weight_parameter(name, layer)
+    rounds = OBS_ROUNDS if fitted and not isinstance(pattern, NMPattern) else 1
+    teacher = copy.deepcopy(model) if fitted else model
+    for done in range(1, rounds + 1):
+        score = scoring.resolve(importance, model, chosen, pattern, example_inputs, generator)
+        sums = {
+            name: pattern.group_sums(_checked_scores(name, layer, score)) for name, layer in chosen.items()
+        }
+        keep(sums, 1.0)  # which raises for what cannot be reached, before anything is changed
+        for name, kept in keep(sums, done / rounds).items():
+            view = weight_view(chosen[name])
+            mask = pattern.expand(kept, tuple(view.shape))
+            set_mask(chosen[name], from_weight_view(chosen[name], mask).to(view.device))
+        if fitted:
+            assert example_inputs is not None
+            batches = scoring.calibration_batches(example_inputs, generator)
+            reconstruct(model, teacher, batches, list(chosen))
     return model
 
 
@@ -166,32 +211,6 @@ def _check_weight(name: str, layer: PrunableLayer) -> None:
         )
     if not bool(weight_view(layer).isfinite().all()):
         raise ValueError(f"the weight of layer {name!r} holds NaN or infinite values; repair it first")
-
-
-def _resolve_importance(
-    importance: str | Importance,
-    model: nn.Module,
-    chosen: dict[str, PrunableLayer],
-    example_inputs: Inputs | None,
-    seed: int,
-) -> Importance:
-    if not isinstance(importance, str):
-        return importance
-    generator = torch.Generator().manual_seed(seed)
-    match importance:
-        case "l1":
-            return scoring.l1
-        case "l2":
-            return scoring.l2
-        case "random":
-            return scoring.random(generator)
-        case "obd" if example_inputs is not None:
-            return scoring.obd(model, chosen, example_inputs, generator)
-        case "obd":
-            raise ValueError('importance "obd" needs example_inputs, the tuple of the model\'s inputs')
-    raise ValueError(
-        f"unknown importance {importance!r}; there are: {', '.join(IMPORTANCES)}, or give a callable"
-    )
 
 
 def _checked_scores(name: str, layer: PrunableLayer, score: Importance) -> Tensor:

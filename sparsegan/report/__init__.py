@@ -1,6 +1,8 @@
 """What people see of a compressed model: measured results, tables, image grids, machine facts."""
 
+from sparsegan.report.chart import draw_quality
 from sparsegan.report.dense import dense_counterpart
+from sparsegan.report.errors import ErrorSplit, error_split
 from sparsegan.report.grid import image_grid
 from sparsegan.report.machine import machine_facts
 from sparsegan.report.results import (
@@ -14,16 +16,20 @@ from sparsegan.report.results import (
     mean_psnr,
     measure_speed,
     model_bytes,
+    with_reference_backend,
 )
-from sparsegan.report.tables import layer_table, model_table, speed_table
+from sparsegan.report.tables import layer_table, model_table, speed_table, sweep_table
 
 __all__ = [
+    "ErrorSplit",
     "LayerResult",
     "ModelResult",
     "Speed",
     "WrongKernelError",
     "check_kernels",
     "dense_counterpart",
+    "draw_quality",
+    "error_split",
     "finite",
     "image_grid",
     "layer_results",
@@ -34,4 +40,6 @@ __all__ = [
     "model_bytes",
     "model_table",
     "speed_table",
+    "sweep_table",
+    "with_reference_backend",
 ]

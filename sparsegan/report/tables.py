@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -56,6 +57,25 @@ def speed_table(speeds: Sequence[Speed]) -> Table:
     table = _table(None, (), _SPEED)
     for speed in speeds:
         table.add_row(str(speed.batch), *_times(speed))
+    return table
+
+
+def sweep_table(name: str, points: Sequence[Any], methods: Sequence[str]) -> Table:
+    """One row a `SweepPoint` of the model called `name`, with the method that was chosen for it."""
+    table = _table(
+        f"{name}: quality against speed",
+        ("method", "Pareto front"),
+        ("removed", "speed\nup", "KID\nx1000", "PSNR\ndB"),
+    )
+    for point, method in zip(points, methods, strict=True):
+        table.add_row(
+            method,
+            "yes" if point.pareto else "no",
+            f"{point.sparsity:.0%}",
+            f"{_short(point.speedup, 2)}x",
+            f"{point.kid:.2f}",
+            f"{point.psnr:.1f}",
+        )
     return table
 
 

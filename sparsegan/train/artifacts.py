@@ -38,16 +38,15 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
 def save_card(
     path: Path, *, title: str, what: str, command: str, settings: dict[str, object], figures: dict[str, str]
 ) -> None:
-    """Write the model card: what it is, data and licence, how to make it again, what was measured."""
+    """Write the card: what it is, its picture if there is one, data and licence, how to make it again, what was measured."""
+    picture = f"\n![samples]({path.stem}.png)\n" if path.with_suffix(".png").is_file() else ""
     facts = "\n".join(f"- {name}: {value}" for name, value in settings.items())
     table = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     path.write_text(
         f"""# {title}
 
 {what}
-
-![samples]({path.stem}.png)
-
+{picture}
 ## Data
 
 Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747): 60,000 training images, MIT licence,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 DEFAULT_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
-_FILES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
+_FILES = {"train": "train-{}-ubyte", "test": "t10k-{}-ubyte"}
 _UINT8 = 0x08
 
 
@@ -45,16 +45,31 @@ def load_fashion_mnist(split: Literal["train", "test"], folder: Path | None = No
     default where Debian's dataset-fashion-mnist puts them. Raises FileNotFoundError when the file is not
     there, ValueError when it does not hold 28x28 images.
     """
-    folder = DEFAULT_FOLDER if folder is None else Path(folder)
-    candidates = [folder / f"{_FILES[split]}.gz", folder / _FILES[split]]
-    path = next((p for p in candidates if p.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(
-            f"no Fashion-MNIST in {folder}: neither {candidates[0].name} nor {candidates[1].name} is there. "
-            "Install the Debian package dataset-fashion-mnist (apt-get install dataset-fashion-mnist), "
-            "or give a folder that holds the idx files with --data."
-        )
+    path = _find(_FILES[split].format("images-idx3"), folder)
     pixels = read_idx(path)
     if pixels.dim() != 3 or pixels.shape[1:] != (28, 28) or len(pixels) == 0:
         raise ValueError(f"{path} should hold images [N, 28, 28] with N > 0, it holds {list(pixels.shape)}")
     return F.pad(pixels.float().unsqueeze(1) / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
+
+
+def load_labels(split: Literal["train", "test"], folder: Path | None = None) -> Tensor:
+    """Which of ten kinds of clothing each image of `load_fashion_mnist` shows, [N] int64 from 0 to 9; errors as there."""
+    path = _find(_FILES[split].format("labels-idx1"), folder)
+    labels = read_idx(path)
+    if labels.dim() != 1 or len(labels) == 0 or labels.max() > 9:
+        raise ValueError(
+            f"{path} should hold labels [N] from 0 to 9 with N > 0, it holds {list(labels.shape)}"
+        )
+    return labels.long()
+
+
+def _find(name: str, folder: Path | None) -> Path:
+    folder = DEFAULT_FOLDER if folder is None else Path(folder)
+    path = next((p for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"no Fashion-MNIST in {folder}: neither {name}.gz nor {name} is there. "
+            "Install the Debian package dataset-fashion-mnist (apt-get install dataset-fashion-mnist), "
+            "or give a folder that holds the idx files with --data."
+        )
+    return path
