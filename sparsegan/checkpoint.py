@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
 
+from sparsegan.files import write_atomically
 from sparsegan.formats import FIELDS, from_dict
 from sparsegan.graph_file import build_graph, describe_graph
 from sparsegan.layers import SPARSE_TYPES, SparseLayer, SparseProgram
@@ -97,7 +98,7 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     It must be a graph as `swap_to_sparse` makes it, or be built of nn.Sequential, sparse layers and the modules of
     torch.nn that generators use. Raises ValueError, naming the module or the operator, for any other and for one
-    with forward hooks.
+    with forward hooks; OSError when there is no room, and what was there before is unchanged.
     """
     tensors: dict[str, Tensor] = {}
     content: dict[str, Any] = {"model": _describe("", model, tensors)}
@@ -107,7 +108,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     text = json.dumps(content)
     metadata = {"format": FORMAT, "version": VERSION, "content": text, "sha256": _digest(text, tensors)}
     # save_file would make a file that only its owner may read.
-    Path(path).write_bytes(save_tensors(tensors, metadata))
+    write_atomically(Path(path), save_tensors(tensors, metadata))
 
 
 def load(path: str | Path, backend: str | None = None, device: str | torch.device = "cpu") -> nn.Module:

@@ -19,6 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from sparsegan.checkpoint import load, save
+from sparsegan.files import write_atomically
 from sparsegan.latency import measure
 from sparsegan.metrics import TextureDistance, extractors, features, kid, load_extractor, lpips
 from sparsegan.metrics.features import Extractor
@@ -26,7 +27,7 @@ from sparsegan.patterns import BlockPattern, ChannelPattern, Pattern, parse_patt
 from sparsegan.prune import make_permanent, prune, reconstruct, recover
 from sparsegan.prune.allocate import DENSITIES, Table, least_damage, sensitivity
 from sparsegan.prune.channels import prune_channels
-from sparsegan.prune.distill import Phase, SampleInputs, write_atomically
+from sparsegan.prune.distill import Phase, SampleInputs
 from sparsegan.prune.importance import draw_inputs
 from sparsegan.prune.losses import Loss, Weighted, l1, l1_plus_l2
 from sparsegan.prune.permute import permute_channels
@@ -204,13 +205,14 @@ def compress(
             )
         return done
     job = _Job(model, _sampler(inputs), pattern, importance, schedule, permute, dtype, seed, folder, progress)
+    job.settings = settings
     job.check_inputs()
     if steps:
         job.set_loss(perceptual, also)
     if max_kid is not None:
         plan, pruned, history, report = job.until_kid(max_kid, extractor, method, steps)
     else:
-        plan, report = job.plan(method, sparsity, speedup)
+        plan, report = job.kept_plan(method, sparsity, speedup)
         pruned, history = job.train(plan, steps)
     swapped = job.swapped(pruned)
     report |= job.measured(pruned, swapped)
@@ -358,6 +360,7 @@ class _Job:
         )
         self.report = progress or (lambda stage, done, total: None)
         self.phases: list[Phase] = [Phase(1.0, l1_plus_l2, _PIXEL_BATCH)]
+        self.settings: dict[str, Any] = {}
         self.fastest = 0.0
         self._tables: tuple[Table, Table] | None = None
         if folder is not None:
@@ -417,6 +420,28 @@ class _Job:
         )
 
     # ------------------------------------------------------------------ what goes
+
+    def kept_plan(
+        self, method: Method, sparsity: float | None, speedup: float | None, name: str = ""
+    ) -> tuple[Plan, dict[str, Any]]:
+        """As `plan`, which measures: a run that goes on in its folder takes the plan that it began with."""
+        path = None if self.folder is None else self.folder / f"plan{name}.json"
+        if path is not None and path.exists():
+            try:
+                facts = json.loads(path.read_text())
+                kept = Plan(**facts["plan"]), facts["report"], facts["settings"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path} is damaged ({error}): delete it to start anew") from error
+            if kept[2] != self.settings:
+                raise ValueError(
+                    f"{path} belongs to a run with other settings, {kept[2]}: name another folder"
+                )
+            return kept[:2]
+        plan, report = self.plan(method, sparsity, speedup)
+        if path is not None:
+            facts = {"plan": asdict(plan), "report": report, "settings": self.settings}
+            write_atomically(path, json.dumps(facts).encode())
+        return plan, report
 
     def plan(
         self, method: Method, sparsity: float | None, speedup: float | None
@@ -645,7 +670,7 @@ class _Job:
         measured: dict[str, float] = {}
         for sparsity in _LEVELS:
             try:
-                plan, _ = self.plan(method, sparsity, None)
+                plan, _ = self.kept_plan(method, sparsity, None, name=f"-{sparsity}")
                 pruned, history = self.train(plan, steps, name=f"-{sparsity}")
             except ValueError:
                 if good is None:

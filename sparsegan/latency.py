@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 import time
 import warnings
 from bisect import bisect_left
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsegan import ops
+from sparsegan.files import write_atomically
 from sparsegan.graph import Lowered, capture, lower, observe
 from sparsegan.layers import SparseProgram
 from sparsegan.lowering import NumberFormat
@@ -371,10 +371,7 @@ class _Table:
         text = json.dumps({"machine": self._machine, "steps": self._steps}, indent=1, sort_keys=True)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._path.parent, prefix=".latency-") as folder:
-                whole = Path(folder) / self._path.name
-                whole.write_text(text, encoding="utf-8")
-                os.replace(whole, self._path)
+            write_atomically(self._path, text.encode())
         except OSError as error:
             warnings.warn(f"the table of latencies cannot be kept in {self._path}: {error}", stacklevel=4)
 

@@ -231,6 +231,8 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         if stage == "distil" and done:
             steps.append(done)
 
+    with pytest.raises(ValueError, match="belongs to a run with other settings"):
+        run(folder=tmp_path, **(settings | {"sparsity": 0.4}))
     resumed = run(folder=tmp_path, progress=count, **settings)
     assert steps == [6, 7, 8]
     assert all(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsegan import files
 from sparsegan.patterns import BlockPattern
 from sparsegan.prune import distill, prune, recover
 from sparsegan.prune.distill import Phase
@@ -319,12 +320,12 @@ def test_the_state_of_another_run_is_refused(tmp_path, monkeypatch):
 
 def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch):
     path = tmp_path / "state"
-    distill.write_atomically(path, b"before")
+    files.write_atomically(path, b"before")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(distill.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device; what was there before is unchanged"):
-        distill.write_atomically(path, b"after")
+        files.write_atomically(path, b"after")
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
