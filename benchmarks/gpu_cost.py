@@ -34,7 +34,7 @@ from triton_offline import ARCHITECTURES, Launch, launching  # noqa: E402
 from sparsegan.ops import cuda  # noqa: E402
 from sparsegan.ops.cuda import Map, Numbers  # noqa: E402
 from sparsegan.triton_kernels import describe, ops  # noqa: E402
-from sparsegan.triton_kernels.configs import CONFIGS  # noqa: E402
+from sparsegan.triton_kernels.configs import TILES  # noqa: E402
 
 PAGE = ROOT / "docs" / "cuda-and-triton.md"
 TYPES = {"u8": torch.uint8, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -67,6 +67,7 @@ OPS = {
 class Loop:
     """The main loop of a kernel on one architecture."""
 
+    tile: str  # pixels/warps
     registers: int
     blocks: int  # that fit on a multiprocessor
     slots: float  # instructions that a warp issues for the multiply-adds of one mma.sync
@@ -80,7 +81,7 @@ class Loop:
 
 
 def by_triton(layer: Layer) -> Launch:
-    """The layer run in the interpreter; its result is checked first."""
+    """The layer run in the interpreter, in the tile that sm_80 takes for a large map; its result is checked first."""
     data = make(layer)
     n, (h, w), (inputs, outputs) = layer.batch, layer.size, layer.channels
     kind = TYPES[layer.kind]
@@ -93,9 +94,9 @@ def by_triton(layer: Layer) -> Launch:
     geometry = {("kernel_size" if key == "kernel" else key): getattr(layer, key) for key in names}
     packed = cuda.validated(data.packed, cuda.phase_taps(name, geometry), layer.x_zero)
     made = Numbers(TYPES[layer.y], layer.y_scale, layer.y_zero)
-    large = CONFIGS[layer.block[0]][0]
+    large = TILES[80][layer.block[0]][0]
     with launching() as launcher, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "default", lambda *_: large)  # as for a large map
+        patch.setattr(ops, "default", lambda *_: large)
         y = cuda.gather_gemm(seen, packed, name, geometry, made, library=torch.ops.sparsegan_triton)
     got = numbers(y.data[..., :outputs].contiguous().numpy(), layer.y).astype(np.float64)
     if not np.array_equal(got, rounded(layer, expected(layer, data))):
@@ -170,12 +171,16 @@ def other_ops(library: Library) -> list[tuple[str, str, list[Cost]]]:
 
 
 def triton_loop(launch: Launch, kind: str, architecture: int) -> Loop:
+    """Of the launch in the tile that the architecture takes for a large map."""
+    tile = TILES[architecture][launch.arguments["BLOCK_O"]][0]
+    arguments, turn = launch.arguments | {"BLOCK_M": tile.block_m}, 2  # blocks a turn of the loop
+    launch = replace(launch, arguments=arguments, warps=tile.warps, stages=tile.stages)
     made = launch.compiled(architecture)
-    arguments, turn = launch.arguments, 2  # blocks a turn of the loop
     products = turn * arguments["BLOCK_M"] * arguments["BLOCK_O"] * arguments["BLOCK_K"] / MMA[kind]
     wide = any(made.resources.instructions.get(word) for word in WIDE)
     slots = len(made.main_loop) * launch.warps / products
-    return Loop(made.resources.registers, made.resources.blocks(architecture), slots, wide)
+    name = f"{tile.block_m}/{tile.warps}"
+    return Loop(name, made.resources.registers, made.resources.blocks(architecture), slots, wide)
 
 
 def cuda_loop(layer: Layer, pixels: int, architecture: int) -> Loop:
@@ -184,7 +189,8 @@ def cuda_loop(layer: Layer, pixels: int, architecture: int) -> Loop:
     row = table["kernels"][
         f"gather_gemm_kernel<{FORMATS[layer.kind]}, {layer.block[0]}, {layer.block[1]}, {pixels}>"
     ]
-    return Loop(row["registers"][at], row["blocks"][at], row["loop"][at] / row["mma"][at], False)
+    slots = row["loop"][at] / row["mma"][at]
+    return Loop(f"{pixels}/4", row["registers"][at], row["blocks"][at], slots, False)
 
 
 def counted(name: str, cost: Cost) -> str:
@@ -203,8 +209,11 @@ Written by `python -m benchmarks.gpu_cost --write`; do not edit.
 
 **A model; never run on hardware.** No machine that builds or tests this project has a GPU, so there is no time on this page.
 What stands here was counted: by an interpreter that executes the PTX of both kernels (for sm_80, on the same layer and data,
-after each result was compared with the definition of the layer), and in the machine code for each architecture. On a GPU,
-`sparsegan.triton_kernels.autotune(True)` measures Triton's tiles.
+after each result was compared with the definition of the layer), and in the machine code for each architecture.
+
+Triton's tiles are those that an architecture takes for large maps; smaller maps take smaller ones, so that each multiprocessor
+has two blocks to run. `sparsegan/triton_kernels/configs.py` has the table and says why, a test derives it from the machine
+code, and on a GPU `sparsegan.triton_kernels.autotune(True)` measures instead.
 
 Made with {nvcc} and {triton}.
 
@@ -230,14 +239,14 @@ latency, caches and memory. A tie goes to the one that issues less.
 OF_A_LAYER = """
 ### {title}
 
-{batch} x {height} x {width} pixels, {inputs} to {outputs} channels, half of the blocks; tiles of {pixels} pixels.
+{batch} x {height} x {width} pixels, {inputs} to {outputs} channels, half of the blocks.
 
 | PTX, sm_80 | warp instructions | for an mma | in the main loop | its bank conflicts | all bank conflicts | sectors | overhead |
 |---|---|---|---|---|---|---|---|
 {counts}
 
-| machine code | registers | blocks a multiprocessor | loop instructions for an mma | modelled cycles for an mma |
-|---|---|---|---|---|
+| machine code | pixels/warps | registers | blocks a multiprocessor | loop instructions for an mma | modelled cycles for an mma |
+|---|---|---|---|---|---|
 {loops}
 """
 OTHERS = """
@@ -259,7 +268,6 @@ def page() -> str:
         assert launch.cost is not None
         kernel, cost = by_cuda(layer, library)
         pixels = int(re.search(rf"ELi{layer.block[0]}ELi{layer.block[1]}ELi(\d+)E", kernel)[1])  # type: ignore[index]
-        assert pixels == launch.arguments["BLOCK_M"]
         row, loops = [title], []
         for architecture in ARCHITECTURES:
             c = cuda_loop(layer, pixels, architecture)
@@ -267,7 +275,9 @@ def page() -> str:
             for name, loop in (("C++", c), ("Triton", t)):
                 instruction = ("wgmma" if architecture == 90 else "tcgen05") if loop.wide else "mma.sync"
                 slow, why = loop.cycles(architecture, layer.kind)
-                figures = f"{loop.registers} | {loop.blocks} | {loop.slots:.1f} | {slow:.1f}: {why}"
+                figures = (
+                    f"{loop.tile} | {loop.registers} | {loop.blocks} | {loop.slots:.1f} | {slow:.1f}: {why}"
+                )
                 loops.append(f"| sm_{architecture} {name}, {instruction} | {figures} |")
             of_c, of_t = (loop.cycles(architecture, layer.kind)[0] for loop in (c, t))
             better = "C++" if (of_c, c.slots) <= (of_t, t.slots) else "Triton"
@@ -281,7 +291,6 @@ def page() -> str:
                 width=layer.size[1],
                 inputs=layer.channels[0],
                 outputs=layer.channels[1],
-                pixels=pixels,
                 counts="\n".join([counted("C++", cost), counted("Triton", launch.cost)]),
                 loops="\n".join(loops),
             )

@@ -52,6 +52,9 @@ TWO_FOUR_BLOCKS: dict[torch.dtype, dict[tuple[int, int], float]] = {
 # An int32 accumulator holds this many u8 x s8 products: 255 * 128 * 65536 < 2**31.
 MAX_INT8_PRODUCTS = 65536
 
+# In the order of csrc/packed.h.
+ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu")
+
 FIELDS = ("values", "cols", "tap_ptr", "row_channels", "tap_sums", "scale", "bias")
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
 from sparsegan import formats, ops
 from sparsegan.formats import FIELDS, PackedWeight
@@ -281,17 +282,19 @@ class SparseLayer(_Packed):
         packed = self.packed
         if packed.values.is_cuda and not ops.cuda.refuse_weight(packed):
             taps = ops.cuda.phase_taps(self.KIND, self.geometry)
-            self._constants = ops.cuda.validated(packed, taps, self.x_zero).constants
+            make = ops.cuda.with_constants if is_fake(packed.values) else ops.cuda.validated
+            self._constants = make(packed, taps, self.x_zero).constants
         else:
             self._constants = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = cast(Tensor, self.values).device.type
-        super()._apply(fn, recurse)
-        now = cast(Tensor, self.values).device.type
-        if now != before and {now, before} <= set(formats.BLOCKS):
-            with suppress(ValueError):  # the call then says what does not fit
+        bias = cast(Tensor, self.bias)
+        before, now = bias.device.type, fn(bias).device.type
+        if now != before and {now, before} <= set(formats.BLOCKS) and not is_fake(bias):
+            # Before the move, which makes fake tensors under a FakeTensorMode: those hold no numbers to pack.
+            with unset_fake_temporarily(), suppress(ValueError):  # the call then says what does not fit
                 self.repack(now)
+        super()._apply(fn, recurse)
         self._weight_changed()
         return self
 

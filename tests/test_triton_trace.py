@@ -1,5 +1,6 @@
 """torch.compile and torch.export see through the Triton ops: CUDA fake tensors, on a machine that needs no GPU."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 
-from sparsegan import triton_kernels
+from sparsegan import BlockPattern, SwapConfig, make_permanent, prune, swap_to_sparse, triton_kernels
 
 if reason := triton_kernels.unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -18,10 +19,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton_cases import BASE, UP, replace
 
-from sparsegan.layers import SparseConv2d, SparseConvTranspose2d, SparseLayer, SparseLinear
+from sparsegan.layers import SparseLayer
 from sparsegan.ops import cuda
 from sparsegan.ops.cuda import Map, Numbers
 from sparsegan.triton_kernels import ops
+from sparsegan.triton_kernels.configs import TILES
 
 LIBRARY = torch.ops.sparsegan_triton
 
@@ -69,19 +71,6 @@ def device(monkeypatch):
     torch._dynamo.reset()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
-
-
-def on_cuda(model):
-    """What .to("cuda") makes of sparse layers; done here by hand, because it looks at the weights, and fakes hold none."""
-    for part in model.modules():
-        if isinstance(part, SparseLayer):
-            with unset_fake_temporarily():
-                taps = cuda.phase_taps(part.KIND, part.geometry)
-                constants = cuda.validated(part.packed, taps, part.x_zero).constants
-            part._constants = tuple(map(moved, constants))
-        for name, tensor in part.named_buffers(recurse=False):
-            setattr(part, name, moved(tensor))
-    return model
 
 
 def traced(model, *x):
@@ -171,8 +160,9 @@ def test_fakes_say_what_the_kernels_return():
 def test_autotuning_is_over_the_list_and_can_be_traced(device):
     triton_kernels.autotune(True)
     try:
-        for block_o, configs in ops.CONFIGS.items():
-            assert len(ops._tuned[block_o].configs) == len(configs)
+        for architecture, lists in TILES.items():
+            for block_o, tiles in lists.items():
+                assert len(ops._tuned[architecture, block_o].configs) == len(tiles)
         _, graph = traced(Layer(BASE), torch.empty(BASE.size, device="cuda"))
         assert len(launches(graph)) == 2
     finally:
@@ -180,27 +170,68 @@ def test_autotuning_is_over_the_list_and_can_be_traced(device):
     assert not ops._tuned
 
 
-def packed_layers():
-    g = torch.Generator().manual_seed(0)
-    linear = nn.Linear(40, 64)
-    conv = nn.Conv2d(64, 32, 3, padding=1)
-    up = nn.ConvTranspose2d(32, 16, 4, 2, 1)
-    for layer in (linear, conv, up):
-        layer.weight.data = torch.randn(layer.weight.shape, generator=g)
-    half = {"dtype": torch.float16, "block": (16, 16), "backend": "triton"}
-    return nn.Sequential(
-        SparseLinear.from_dense(linear, **half),
+def swapped(dtype):
+    """A generator pruned and swapped on the CPU."""
+    model = nn.Sequential(
+        nn.Linear(40, 64),
         nn.Unflatten(1, (64, 1, 1)),
-        SparseConv2d.from_dense(conv, **half),
-        SparseConvTranspose2d.from_dense(
-            up, dtype=torch.int8, block=(16, 32), x_range=(-3.0, 3.0), backend="triton"
-        ),
+        nn.ConvTranspose2d(64, 64, 4),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.ConvTranspose2d(64, 32, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(32, 3, 3, padding=1),
+        nn.Tanh(),
     ).eval()
+    z = torch.randn(3, 40)
+    make_permanent(prune(model, BlockPattern(32, 32), 0.5, "l2", example_inputs=(z,)))
+    config = SwapConfig(dtype, programs=False, min_speedup=0)
+    # With inputs layers are timed, and the CPU has no kernels for f16.
+    model = swap_to_sparse(model, config, None if dtype == "f16" else (z,))
+    for layer in layers_of(model):
+        layer.backend = None if cuda.unavailable() else "triton"
+    return model
 
 
-def test_a_swapped_model(device):
-    """The layers themselves, choice of the backend included."""
+def layers_of(model):
+    return [part for part in model.modules() if isinstance(part, SparseLayer)]
+
+
+def on_blocks_of_cuda(layer):
+    """The weight that the move shall make, with real numbers."""
+    layer.repack("cuda")
+    return cuda.validated(layer.packed, cuda.phase_taps(layer.KIND, layer.geometry), layer.x_zero)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("dtype", ["int8", "f16"])
+def test_a_swapped_model(device, dtype):
+    """As a user has it: packed for the CPU, moved, and the backend chosen by dispatch."""
     with unset_fake_temporarily():
-        model = packed_layers()
-    y, graph = traced(on_cuda(model), torch.empty(3, 40, device="cuda"))
-    assert y.shape == (3, 16, 2, 2) and len(launches(graph)) == 6
+        model = swapped(dtype)
+        wanted = [on_blocks_of_cuda(layer) for layer in layers_of(copy.deepcopy(model))]
+    model.to("cuda:0")  # by number: a torch without CUDA cannot look up which device is the current one
+    for layer, real in zip(layers_of(model), wanted, strict=True):
+        got = layer.packed.tensors()
+        assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in real.tensors()]
+        assert all(is_fake(t) and t.is_cuda for t in got)
+    z = torch.empty(3, 40, device="cuda:0")
+    y, graph = traced(model, z)
+    assert y.shape == (3, 3, 8, 8) and y.device.type == "cuda" and len(launches(graph)) == 8
+    exported = torch.export.export(model, (z,)).graph
+    ops_called = [str(node.target) for node in exported.nodes if "sparsegan" in str(node.target)]
+    of_a_layer = ["sparsegan_triton.quantize_pack.default", "sparsegan_triton.gather_gemm.default"]
+    assert ops_called == of_a_layer * 4
+
+
+def test_only_fake_weights_go_unchecked(device, monkeypatch):
+    def refuse(packed):
+        raise ValueError("checked")
+
+    monkeypatch.setattr(cuda, "validate", refuse)
+    with unset_fake_temporarily():
+        model, other = swapped("f16"), swapped("f16")
+    other.to("cuda:0")
+    monkeypatch.setattr("sparsegan.layers.is_fake", lambda tensor: False)
+    with pytest.raises(ValueError, match="checked"):
+        model.to("cuda:0")

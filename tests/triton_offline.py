@@ -59,6 +59,7 @@ class Resources:
     spilled: int  # bytes of local memory of a thread
     shared: int  # bytes of a block
     threads: int  # of a block
+    loop: int  # instructions of a block's warps for a turn of the main loop, 0 where nothing is multiplied
     instructions: dict[str, int]
 
     def blocks(self, architecture: int) -> int:
@@ -80,7 +81,7 @@ class Compiled:
 
     @cached_property
     def sass(self) -> str:
-        return _tool("nvdisasm", self.made.asm["cubin"])
+        return _tool("nvdisasm", self.made.asm["cubin"], "-c", "-ndf")  # code only, which is quicker
 
     @cached_property
     def kernel(self) -> Kernel:
@@ -94,7 +95,8 @@ class Compiled:
             counts[word] = counts.get(word, 0) + 1
         registers, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "LOCAL"))  # type: ignore[index]
         spilled = local + 4 * (counts.get("STL", 0) + counts.get("LDL", 0))
-        return Resources(registers, spilled, self.made.metadata.shared, 32 * self.warps, counts)
+        loop = self.warps * len(self.main_loop)
+        return Resources(registers, spilled, self.made.metadata.shared, 32 * self.warps, loop, counts)
 
     @cached_property
     def main_loop(self) -> list[str]:
@@ -110,7 +112,7 @@ class Compiled:
                 body = [other for _, other, _ in lines[places[target[1]] : at + 1] if other]
                 if any("MMA" in other for other in body):
                     loops.append(body)
-        return min(loops, key=len)
+        return min(loops, key=len, default=[])
 
 
 def _tool(name: str, cubin: bytes, *options: str) -> str:
@@ -311,33 +313,31 @@ def _quantize(out: torch.dtype) -> Launch:
 
 
 def _recorded() -> dict[str, Callable[[], Launch]]:
-    """Every block in every tile, as the convolution or transposed convolution that takes most of it; bf16, whose code differs
-    from f16's by a word, in the first tile; the other kernels in the types that matter."""
+    """Every block in every tile, as the layers that take most of it; bf16, whose code differs from f16's by a word, and the
+    smallest tiles as one of them; the other kernels in the types that matter."""
     found: dict[str, Callable[[], Launch]] = {}
     layers = {
-        "3x3": Case(),
         "4x4 transposed": Case("conv_transpose2d", kernel_size=(4, 4), stride=(2, 2), activation="relu"),
         "3x3 + residual": Case(activation="silu"),
     }
     for dtype, block in DENSE:
-        configs = CONFIGS[block[0]][: 1 if dtype == torch.bfloat16 else None]
-        for config, (layer, case) in zip(configs, layers.items(), strict=False):
-            out = torch.uint8 if dtype == torch.int8 else dtype
-            residual = out if "residual" in layer else None
-            size = (1, 2 * block[1], 4, 4)
-            case = replace(
-                case,
-                dtype=dtype,
-                block=block,
-                out=out,
-                residual=residual,
-                size=size,
-                outputs=2 * block[0],
-                density=1.0,
-            )
-            tile = "/".join(map(str, config))
-            name = f"gather_gemm {str(dtype)[6:]} {block[0]}x{block[1]} {tile} {layer}"
-            found[name] = partial(_gather_gemm, case, config)
+        for config in CONFIGS[block[0]][: 1 if dtype == torch.bfloat16 else None]:
+            few = dtype == torch.bfloat16 or config.block_m == 64
+            for layer, case in list(layers.items())[: 1 if few else None]:
+                out = torch.uint8 if dtype == torch.int8 else dtype
+                case = replace(
+                    case,
+                    dtype=dtype,
+                    block=block,
+                    out=out,
+                    residual=out if "residual" in layer else None,
+                    size=(1, 2 * block[1], 4, 4),
+                    outputs=2 * block[0],
+                    density=1.0,
+                )
+                tile = "/".join(map(str, config))
+                name = f"gather_gemm {str(dtype)[6:]} {block[0]}x{block[1]} {tile} {layer}"
+                found[name] = partial(_gather_gemm, case, config)
     for index, name in enumerate(("chunk_statistics", "group_statistics", "normalize")):
         found[f"{name} u8"] = partial(_group_norm, torch.uint8, torch.uint8, index)
     found["normalize f16"] = partial(_group_norm, torch.float16, torch.float16, 2)
@@ -347,6 +347,12 @@ def _recorded() -> dict[str, Callable[[], Launch]]:
 
 
 RECORDED = _recorded()
+
+
+def tile_of(name: str) -> tuple[int, Config] | None:
+    """(block_o, tile) of a gather-GEMM in RECORDED, None for the other kernels."""
+    found = re.match(r"gather_gemm \w+ (\d+)x\d+ (\d+)/(\d+)/(\d+) ", name)
+    return (int(found[1]), Config(*map(int, found.groups()[1:]))) if found else None
 
 
 def record(what: tuple[str, int]) -> Resources:

@@ -18,17 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import PackedWeight, from_tensors, unpack
-
-ACTIVATIONS = (
-    "none",
-    "relu",
-    "leaky_relu",
-    "tanh",
-    "sigmoid",
-    "silu",
-    "gelu",
-)  # in the order of csrc/packed.h
+from ..formats import ACTIVATIONS, PackedWeight, from_tensors, unpack
 
 # The schemas of all ops live in Python, next to their reference; the extension adds implementations.
 LIBRARY = torch.library.Library("sparsegan", "DEF")

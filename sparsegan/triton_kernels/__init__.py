@@ -101,7 +101,7 @@ def refuse(x: Tensor, weight: PackedWeight | None) -> str | None:
 
 
 def autotune(on: bool) -> None:
-    """Whether every new shape is measured on the GPU in each tile of `configs.CONFIGS` before it runs; else a default is taken.
+    """Whether every new shape is measured on the GPU in each tile of `configs.TILES` before it runs; else a default is taken.
 
     Raises RuntimeError without Triton.
     """

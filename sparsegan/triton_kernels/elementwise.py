@@ -11,7 +11,7 @@ something is written fma(a, b, 0), which no compiler fuses with what follows.
 import triton
 import triton.language as tl
 
-# In the order of sparsegan.ops.ACTIVATIONS.
+# In the order of sparsegan.formats.ACTIVATIONS.
 NONE = tl.constexpr(0)
 RELU = tl.constexpr(1)
 LEAKY_RELU = tl.constexpr(2)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,21 +17,13 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from .configs import CONFIGS, default, device_of
+from ..formats import ACTIVATIONS
+from .configs import CONFIGS, TILES, default, device_of
 from .gather_gemm import gather_gemm_kernel
 from .group_norm import chunk_statistics_kernel, group_statistics_kernel, normalize_kernel
 from .layers import INPUTS, PITCH_BYTES
 from .quantize import quantize_kernel
 
-ACTIVATIONS = (
-    "none",
-    "relu",
-    "leaky_relu",
-    "tanh",
-    "sigmoid",
-    "silu",
-    "gelu",
-)  # in the order of elementwise.py
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MAPS = (torch.uint8, *FLOATS)
 
@@ -42,12 +35,12 @@ TILE_M, TILE_C, TILE_WARPS = 32, 64, 8
 CHUNK = 128  # pixels of one entry of the statistics
 PAIRS = 1024  # entries that group_statistics adds up at a time
 
-# By block_o; filled by `autotune`, empty: the defaults.
-_tuned: dict[int, Any] = {}
+# By architecture and block_o; filled by `autotune`, empty: the defaults.
+_tuned: dict[tuple[int, int], Any] = {}
 
 
 def autotune(on: bool) -> None:
-    """Whether each new shape of a gather-GEMM is measured on the GPU first, in all tiles of `configs.CONFIGS`.
+    """Whether each new shape of a gather-GEMM is measured on the GPU first, in the tiles of `configs.TILES`.
 
     Takes effect for calls from now on, in all threads; a compiled model keeps what it was compiled with.
     """
@@ -64,11 +57,12 @@ def autotune(on: bool) -> None:
             "BLOCK_K",
             "TRANSPOSED",
         ]
-        for block_o, configs in CONFIGS.items():
+        for architecture, block_o in itertools.product(TILES, CONFIGS):
             choices = [
-                triton.Config({"BLOCK_M": c.block_m}, num_warps=c.warps, num_stages=c.stages) for c in configs
+                triton.Config({"BLOCK_M": c.block_m}, num_warps=c.warps, num_stages=c.stages)
+                for c in TILES[architecture][block_o]
             ]
-            _tuned[block_o] = triton.autotune(choices, key)(gather_gemm_kernel)
+            _tuned[architecture, block_o] = triton.autotune(choices, key)(gather_gemm_kernel)
 
 
 def _need(ok: bool, op: str, text: str) -> None:
@@ -254,10 +248,11 @@ def gather_gemm(
         "BLOCK_O": block_o,
         "BLOCK_K": block_k,
     }
-    if tuned := _tuned.get(block_o):
+    device = device_of(x)
+    if tuned := _tuned.get((device.architecture, block_o)):
         wrap_triton(tuned)[grid](*arguments, **constants)
     else:
-        config = default(block_o, largest * phases, rows, device_of(x).multiprocessors)
+        config = default(block_o, largest, rows * phases, device)
         wrap_triton(gather_gemm_kernel)[grid](
             *arguments, **constants, BLOCK_M=config.block_m, num_warps=config.warps, num_stages=config.stages
         )
