@@ -1,11 +1,13 @@
 """From dense to fast in one call: what comes out, that it is repeatable, and what is left alone."""
 
 import importlib
+import io
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -13,7 +15,7 @@ from sparsegan.compress import Compressed, compress, sweep
 from sparsegan.layers import SparseProgram
 from sparsegan.patterns import BlockPattern, weight_view
 from sparsegan.prune import distill, sparsity_report
-from sparsegan.report import mean_psnr
+from sparsegan.report import layer_results, layer_table, mean_psnr
 
 compress_module = importlib.import_module("sparsegan.compress")  # the package has a function of that name
 
@@ -292,3 +294,13 @@ def test_a_broken_model():
     broken[0].weight[0] = torch.nan
     with pytest.raises(ValueError, match="images hold NaN"):
         compress(broken, latents, steps=0)
+
+
+def test_a_narrower_layer_has_no_psnr_of_its_own():
+    narrow = run(method="channels", steps=0)
+    rows = {row.name: row for row in layer_results(generator(), narrow.pruned, narrow.model, UNSEEN)}
+    assert math.isnan(rows["0"].psnr) and rows["6"].psnr > 10
+    console = Console(width=120, file=io.StringIO())
+    console.print(layer_table("small", list(rows.values())))
+    shown = console.file.getvalue()
+    assert "nan" not in shown and "–" in shown

@@ -77,7 +77,7 @@ def prune_channels(
     groups = channel_groups(model, example_inputs)
     wanted = None if widths is None else list(widths)
     families = _free_families(model, groups, example_inputs, layers if wanted is None else wanted)
-    scores = _scores(model, groups, example_inputs, importance, generator)
+    scores = channel_scores(model, groups, example_inputs, importance, generator)
     if widths is not None:
         counts = _given_counts(model, groups, families, widths)
     else:
@@ -95,6 +95,34 @@ def prune_channels(
     if refit:
         _refit(model, small, groups, kept, example_inputs, generator)
     return small
+
+
+def channel_scores(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    example_inputs: Inputs,
+    importance: str | Importance,
+    generator: torch.Generator,
+) -> list[Tensor]:
+    """How much each channel matters: float64 [size] for each group.
+
+    importance: "obd" for `gate_scores`, or a callable whose scores are summed over the weights that write and that
+    read a channel. Raises ValueError for another name.
+    """
+    if importance == "obd":
+        return gate_scores(model, groups, example_inputs, generator)
+    if isinstance(importance, str):
+        raise ValueError(f'importance of channels is "obd" or a callable, got {importance!r}')
+    layers = prunable_layers(model)
+    by_weight = {name: importance(name, layer, weight_view(layer).detach()) for name, layer in layers.items()}
+    scores = []
+    for group in groups:
+        total = torch.zeros(group.size, dtype=torch.float64)
+        for axes, dims in ((group.producers, (1, 2)), (group.consumers, (0, 1))):
+            for axis in axes:
+                total += by_weight[axis.layer].double().cpu().sum(dims)[axis.positions].sum(1)
+        scores.append(total)
+    return scores
 
 
 def gate_scores(
@@ -172,29 +200,6 @@ def _free_families(
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"no channels of {type(model).__name__} can be removed. {why}")
     return free
-
-
-def _scores(
-    model: nn.Module,
-    groups: Sequence[ChannelGroup],
-    inputs: Inputs,
-    importance: str | Importance,
-    generator: torch.Generator,
-) -> list[Tensor]:
-    if importance == "obd":
-        return gate_scores(model, groups, inputs, generator)
-    if isinstance(importance, str):
-        raise ValueError(f'importance of channels is "obd" or a callable, got {importance!r}')
-    layers = prunable_layers(model)
-    by_weight = {name: importance(name, layer, weight_view(layer).detach()) for name, layer in layers.items()}
-    scores = []
-    for group in groups:
-        total = torch.zeros(group.size, dtype=torch.float64)
-        for axes, dims in ((group.producers, (1, 2)), (group.consumers, (0, 1))):
-            for axis in axes:
-                total += by_weight[axis.layer].double().cpu().sum(dims)[axis.positions].sum(1)
-        scores.append(total)
-    return scores
 
 
 def _given_counts(

@@ -54,7 +54,7 @@ class LayerResult:
     """One layer.
 
     psnr compares the output of the pruned layer with that of the dense one at the same latents, over the range of the
-    dense one, in dB.
+    dense one, in dB; NaN for a layer that became narrower.
     """
 
     name: str

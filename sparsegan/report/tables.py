@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def layer_table(name: str, layers: Sequence[LayerResult]) -> Table:
             f"{layer.density:.2f}",
             _kilobytes(layer.dense_bytes),
             _kilobytes(layer.sparse_bytes),
-            f"{layer.psnr:.1f}",
+            "–" if math.isnan(layer.psnr) else f"{layer.psnr:.1f}",
         )
     notes = ["PSNR: of the output of each layer, pruned against dense, float32"]
     notes += [f"{layer.name or '(model)'} stays: {layer.why}" for layer in layers if not layer.swapped]
