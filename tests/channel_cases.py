@@ -20,14 +20,15 @@ class Up(nn.Module):
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.slope = nn.PReLU(8)
         self.layer_norm = nn.LayerNorm(8)
-        self.last = nn.Conv2d(16, 3, 3, padding=1)
+        self.wide = nn.ConvTranspose2d(8, 16, 3, padding=1, groups=8)
+        self.last = nn.Conv2d(24, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.linear(z).view(len(z), -1, 4, 4)
         x = F.pixel_shuffle(F.silu(self.norm(self.up(x))), 2)
         y = self.slope(self.depthwise(x))
         x = self.layer_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return torch.tanh(self.last(torch.cat([x, y + x], 1)))
+        return torch.tanh(self.last(torch.cat([x, self.wide(y + x)], 1)))
 
 
 class Gated(nn.Module):
@@ -53,7 +54,7 @@ class Gated(nn.Module):
 
 
 class Cut(nn.Module):
-    """Halves that go separate ways, one value taken out, a mean over channels; more channels shifted by one."""
+    """Halves that go separate ways, one channel taken out, a mean over half of the channels, others shifted by one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class Cut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.first(x).chunk(2, 1)
         x = F.relu(self.left(a)) + torch.sigmoid(self.right(b)) + a[:, 2:3]
-        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-3)
+        x = x * torch.rsqrt(x[:, :4].square().mean(1, keepdim=True) + 1e-3)
         return self.last(self.norm(x).roll(1, 1))
 
 

@@ -67,7 +67,8 @@ def test_group_norm_keeps_its_groups_equally_wide():
     small = prune_channels(model, inputs, widths={"up": 16, "linear": 64}, importance=by_magnitude)
     assert (small.norm.num_groups, small.norm.num_channels, small.up.out_channels) == (4, 16, 16)
     assert (small.linear.out_features, small.up.in_channels) == (64, 4)
-    assert (small.depthwise.groups, small.last.in_channels, small.slope.num_parameters) == (4, 8, 4)
+    assert (small.depthwise.groups, small.slope.num_parameters, small.last.in_channels) == (4, 4, 12)
+    assert (small.wide.groups, small.wide.in_channels, small.wide.out_channels) == (4, 4, 8)
     assert small.layer_norm.normalized_shape == (4,)
     assert small(*inputs).shape == model(*inputs).shape
     # Of each quarter of the rows, a norm group, half are left.
@@ -122,16 +123,18 @@ def test_refit_brings_back_what_the_other_channels_know():
     model = seeded(lambda: dcgan_generator(8, (16, 16), 3), 0)
     inputs = (torch.randn(2, 8, 1, 1),)
     with torch.no_grad():  # each channel twice: half of them can go for nothing
-        for conv, norm, after in ((0, 1, 3), (3, 4, 6)):
-            model[conv].weight[:, 8:] = model[conv].weight[:, :8]
+        for conv, norm in ((0, 1), (3, 4)):
+            model[conv].weight[:, 8:] = model[conv].weight[:, :8].flip(1)
             for parameter in model[norm].state_dict().values():
                 if parameter.dim():
-                    parameter[8:] = parameter[:8]
-            assert model[after].in_channels == 16
+                    parameter[8:] = parameter[:8].flip(0)
     z = (torch.randn(64, 8, 1, 1, generator=torch.Generator().manual_seed(3)),)
-    first = lambda name, layer, view: torch.ones_like(view).cumsum(0).neg() - torch.ones_like(view).cumsum(2)  # noqa: E731
+
+    def the_last(name, layer, view):
+        return torch.ones_like(view).cumsum(0) + torch.ones_like(view).cumsum(2)
+
     plain, refitted = (
-        prune_channels(model, inputs, widths={"0": 8, "3": 8}, importance=first, refit=refit)
+        prune_channels(model, inputs, widths={"0": 8, "3": 8}, importance=the_last, refit=refit)
         for refit in (False, True)
     )
     want = model(*z)

@@ -52,7 +52,6 @@ class ChannelGroup:
     unprunable: why they can be reordered but not removed.
     family: groups of the same family have to stay equally wide, as the groups of a group norm do.
     exact: whether removing some leaves the others as they are; not so within a layer norm or a group norm.
-    reshaped: the code of the model may have their number written in, in a view; `prune_channels` tries it out.
     """
 
     size: int
@@ -63,7 +62,6 @@ class ChannelGroup:
     unprunable: str
     family: int
     exact: bool
-    reshaped: bool
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -112,7 +110,18 @@ ROLES: tuple[Role, ...] = ("producer", "consumer", "other")
 # Names of ATen operations.
 _GEMMS = {"linear", "conv2d", "conv_transpose2d"}
 _COPIES = {"_to_copy", "to", "clone", "contiguous", "alias", "detach", "dropout", "lift_fresh_copy"}
-_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "expand", "repeat"}
+_MOVES = {
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "expand",
+    "repeat",
+    "permute",
+    "transpose",
+}
+_MOVES |= {"t", "unsqueeze", "squeeze", "cat", "stack", "flip", "pixel_shuffle", "pixel_unshuffle"}
 # Positions or numbers of channels are written in these, and mean others when the tensor is narrower.
 _CUTS = {
     "slice",
@@ -125,8 +134,6 @@ _CUTS = {
     "roll",
     "channel_shuffle",
 }
-_MOVES = {"permute", "transpose", "t", "unsqueeze", "squeeze", "cat", "stack", "flip"}
-_MOVES |= {"pixel_shuffle", "pixel_unshuffle"} | _RESHAPES | _CUTS
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm"}
 # Each channel by itself, dimension 1; `upsample_*` too.
 _SPATIAL = {"avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "pad", "constant_pad_nd"}
@@ -149,7 +156,6 @@ class _Labels:
         self.together: list[Tensor] = []  # labels that something reads without regard to their order
         self.equal: list[list[Tensor]] = []  # the same, in parts that have to stay of the same size
         self.inexact: list[Tensor] = []
-        self.reshaped: list[Tensor] = []
         self.weights: dict[tuple[str, int], tuple[Role, Tensor]] = {}  # by parameter and dimension
         self.constants: dict[str, Tensor] = {}
 
@@ -234,7 +240,7 @@ class _Labels:
     ) -> Callable[[fx.Node, dict[str, Any]], Any] | None:
         if name in _GEMMS:
             return self._gemm if isinstance(read["weight"], fx.Node) else None
-        if name in _MOVES and "dtype" not in read:
+        if name in _MOVES | _CUTS and "dtype" not in read:
             return self._move
         if name in _COPIES:
             return lambda node, read: _tensors(read)[0]
@@ -275,15 +281,12 @@ class _Labels:
 
     def _move(self, node: fx.Node, read: dict[str, Any]) -> Any:
         name, x = _packet(node), _tensors(read)[0]
-        varying = _varying(x)
         if name in _CUTS:
             dims = 1 if name == "channel_shuffle" else read.get("dim", read.get("dims", 0))
-            if varying & {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}:
+            if _varying(x) & {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}:
                 self.unprunable.append(
                     (_compact(x).unique(), f"they are cut into parts ({name}){_place(node)}")
                 )
-        if name in _RESHAPES and varying:
-            self.reshaped.append(_compact(x).unique())
         if name in ("view", "_unsafe_view"):
             return x.reshape(read["size"])
         return node.target(**read)  # type: ignore[operator]
@@ -361,9 +364,7 @@ class _Labels:
         channel = _components(self.count, torch.cat([*self.ties, torch.empty(0, 2, dtype=torch.int64)]))
         fixed, unprunable = _reasons(self.frozen, channel), _reasons(self.unprunable, channel)
         axes = self._axes(channel, fixed)
-        inexact, reshaped = (
-            {c for x in labels for c in channel[x].tolist()} for labels in (self.inexact, self.reshaped)
-        )
+        inexact = {c for labels in self.inexact for c in channel[labels].tolist()}
 
         # Channels that lie equally often in the same places may take each other's place.
         places: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -374,7 +375,7 @@ class _Labels:
                 places[c].append((k, n))
         members: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         for c in sorted(places):
-            members[tuple(places[c]), fixed.get(c), unprunable.get(c), c in inexact, c in reshaped].append(c)
+            members[tuple(places[c]), fixed.get(c), unprunable.get(c), c in inexact].append(c)
         orbits = list(members.values())
         orbit_of = torch.full((self.count,), -1)
         for k, orbit in enumerate(orbits):
@@ -409,7 +410,6 @@ class _Labels:
                     unprunable=unprunable.get(one, ""),
                     family=family[k],
                     exact=one not in inexact,
-                    reshaped=one in reshaped,
                 )
             )
         return groups
