@@ -82,20 +82,17 @@ def make(name: str, row: Row, model: LoadedModel) -> tuple[nn.Module, dict[str, 
     if facts_path.exists():
         return load(swapped_path), json.loads(facts_path.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
     if row.model == "compress":
         settings: dict[str, Any] = {"perceptual": "vgg16", "method": "blocks", "steps": STEPS} | row.settings
         result = compress(
             model.model, model.sample_inputs, folder=folder, progress=_progress(name), **settings
         )
-        swapped, facts = (
-            result.model,
-            {**result.report, "plan": vars(result.plan), "steps": settings["steps"]},
-        )
+        swapped = result.model
+        facts = {**result.report, "plan": vars(result.plan), "minutes": result.seconds / 60}
     else:
-        swapped, facts = _untrained(model, row.settings), {"removed": row.settings.get("sparsity", 0.0)}
+        swapped = _untrained(model, row.settings)
+        facts = {"removed": row.settings.get("sparsity", 0.0), "minutes": 0.0}
         save(swapped, swapped_path)
-    facts["minutes"] = (time.perf_counter() - start) / 60
     facts_path.write_text(json.dumps(facts, indent=1))
     return swapped, facts
 

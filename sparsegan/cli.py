@@ -93,7 +93,8 @@ _Perceptual = Annotated[
     str, typer.Option(help="Distance to train on after pixels: vgg16 (fetched), texture, none, or auto.")
 ]
 _Steps = Annotated[
-    int | None, typer.Option(min=0, help="Steps of distillation; by default about a minute of them.")
+    int | None,
+    typer.Option(min=0, help="Steps of distillation; by default about a minute of them, several with vgg16."),
 ]
 
 
@@ -227,7 +228,10 @@ def sweep_command(
     as_json: _Json = False,
 ) -> None:
     """Compress a trained model to several sparsities, and show quality against measured speed."""
-    shares = [float(share) for share in sparsities.split(",")]
+    try:
+        shares = [float(share) for share in sparsities.split(",")]
+    except ValueError:
+        raise ValueError(f"--sparsities are numbers such as 0.5,0.75, got {sparsities!r}") from None
     loaded, console = load_model(model), _console(as_json)
     with stage_bars(console, model) as show:
         points, results = sweep(

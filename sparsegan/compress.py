@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from sparsegan.metrics import TextureDistance, extractors, features, kid, load_e
 from sparsegan.metrics.features import Extractor
 from sparsegan.patterns import BlockPattern, ChannelPattern, Pattern, parse_pattern
 from sparsegan.prune import make_permanent, prune, reconstruct, recover
-from sparsegan.prune.allocate import DENSITIES, Table, least_damage, sensitivity
+from sparsegan.prune.allocate import DENSITIES, BudgetError, Table, least_damage, sensitivity
 from sparsegan.prune.channels import prune_channels
 from sparsegan.prune.distill import Phase, SampleInputs
 from sparsegan.prune.importance import draw_inputs
@@ -35,7 +36,7 @@ from sparsegan.prune.schedule import Schedule
 from sparsegan.prune.trace import Inputs, check_inputs, count_macs, image_of, prunable_layers
 from sparsegan.quantize import calibrate
 from sparsegan.quantize.aware import quantization_aware
-from sparsegan.report import mean_psnr, measure_speed
+from sparsegan.report import finite, mean_psnr, measure_speed
 from sparsegan.swap import SwapConfig, swap_to_sparse
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -46,8 +47,8 @@ METHODS: tuple[Method, ...] = ("auto", "blocks", "channels", "both")
 CALIBRATION_BATCHES, CALIBRATION_BATCH = 4, 64
 
 # The first steps find the picture by its pixels, the others its look by a perceptual distance: without the first, 120 s of
-# training ended at KID 37 instead of 22 (face GAN, 75 % in 4x4 blocks). The mean of the features over a batch is matched, too,
-# because what a distribution is judged by is where its features lie: 22 -> 17.
+# training ended at KID 37 instead of 22 (face GAN, 75 % in 4x4 blocks; features scaled as in docs/quality.md). The mean of the
+# features over a batch is matched, too, because what a distribution is judged by is where its features lie: 22 -> 17.
 _PIXEL_SHARE, _PIXEL_BATCH = 0.75, 48
 _PERCEPTUAL_BATCH, _PIXEL_WEIGHT, _SHIFT_WEIGHT = 16, 0.3, 0.1
 _FINISH_SHARE, _FINISH_RATE = 0.05, 1e-4  # of the steps, with int8 rounding, at the end
@@ -85,8 +86,8 @@ class Compressed:
     pruned:   the dense float32 model that it was made from, with plain zeros in its weights, narrower where channels went.
     plan:     what was removed.
     settings: the arguments of `compress` that are plain values.
-    report:   what was measured: removed operations, PSNR to the dense model in dB, speed-up where one was asked for, KID where
-              that was, the candidates that were compared.
+    report:   what was measured: removed operations, PSNR to the dense model in dB, times as fast as eager at batch 1, KID where
+              it was a budget, the candidates that were compared.
     history:  the distillation loss of each step.
     seconds:  that all of it took.
     """
@@ -116,7 +117,9 @@ class Compressed:
         write_atomically(folder / "pruned.safetensors", save_tensors(state))
         facts: dict[str, Any] = {"plan": asdict(self.plan), "settings": self.settings, "report": self.report}
         facts |= {"history": self.history, "seconds": self.seconds}
-        write_atomically(folder / "compressed.json", json.dumps(facts, indent=2).encode())
+        write_atomically(
+            folder / "compressed.json", json.dumps(finite(facts), indent=2, allow_nan=False).encode()
+        )
 
     @classmethod
     def load(cls, folder: Path, model: nn.Module, inputs: SampleInputs | Inputs) -> Compressed:
@@ -130,7 +133,7 @@ class Compressed:
             pruned = _narrowed(model, _sampler(inputs), plan)
             pruned.load_state_dict(load_file(folder / "pruned.safetensors"))
             rest = {name: facts[name] for name in ("settings", "report", "history", "seconds")}
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} does not hold a compressed model of this one: {error}") from error
         return cls(load(folder / "swapped.safetensors"), pruned.eval().requires_grad_(False), plan, **rest)
 
@@ -165,7 +168,8 @@ def compress(
     One budget; without any, sparsity 0.75:
     sparsity:      share of the multiply-adds to remove.
     speedup:       times as fast as torch eager in float32, at batch 1, measured on this machine. What the int8 kernels gain
-                   without a zero counts. Reached within 5 %, or ValueError says what can be reached.
+                   without a zero counts. The nearest that the search finds, within 5 % as a rule; `Compressed.report` says what
+                   was reached, and ValueError what can be, where that is less.
     max_kid:       x1000, of `extractor`'s features of 2,000 images against 2,000 others of the dense model. Sparsity rises
                    from 0.5 until it is passed; the last model within it is the result.
 
@@ -446,7 +450,13 @@ class _Job:
     def plan(
         self, method: Method, sparsity: float | None, speedup: float | None
     ) -> tuple[Plan, dict[str, Any]]:
+        if method != "auto" and speedup is None:  # nothing to choose
+            return self._plan(method, DEFAULT_SPARSITY if sparsity is None else sparsity), {}
         methods = METHODS[1:] if method == "auto" else (method,)
+        self.report("choose", 0, 1)
+        nothing = Plan(_NOTHING, str(self.pattern))
+        if speedup is not None and self._speed(nothing) >= speedup * (1 - _SPEED_TOLERANCE):
+            return nothing, {}
         plans, refused = [], {}
         for one in methods:
             try:
@@ -461,21 +471,14 @@ class _Job:
                 refused[one] = str(error)
                 continue
             plans += [found] if found is not None else []
-            if found is not None and found.method == _NOTHING:
-                break
         if not plans:
             raise ValueError(
                 f"{speedup} times as fast as eager cannot be reached with {', '.join(methods)}, at most {self.fastest:.3g} "
                 "times; ask for less"
             )
-        if len(plans) == 1:
-            return plans[0], {"refused": refused}
-        self.report("choose", 0, len(plans))
-        distances = {}
-        for i, plan in enumerate(plans):
-            distances[plan.method] = self._tried(plan)
-            self.report("choose", i + 1, len(plans))
-        best = min(plans, key=lambda plan: distances[plan.method])
+        distances = {plan.method: self._tried(plan) for plan in plans} if len(plans) > 1 else {}
+        self.report("choose", 1, 1)
+        best = min(plans, key=lambda plan: distances.get(plan.method, 0.0))
         return best, {"distance after a short training": distances, "refused": refused}
 
     def _plan(self, method: str, sparsity: float) -> Plan:
@@ -511,10 +514,7 @@ class _Job:
             )
 
     def _plan_for(self, method: str, speedup: float) -> Plan | None:
-        """The plan that is this many times as fast as eager when measured; None if it cannot be that fast."""
-        plan = Plan(_NOTHING, str(self.pattern))
-        if self._speed(plan) >= speedup * (1 - _SPEED_TOLERANCE):
-            return plan
+        """The plan that comes nearest to this speed when measured; None if it cannot be that fast."""
         makes: list[Callable[[float], Plan]] = [partial(self._plan, method)]
         if method == "blocks" and isinstance(self.pattern, BlockPattern):
             makes.insert(0, self._by_latency)  # which has few steps, and may not come near enough
@@ -558,16 +558,15 @@ class _Job:
 
     def _fastest(self, make: Callable[[float], Plan]) -> tuple[float, float]:
         """How far this can be taken, and the speed there."""
-        for extreme in (1.0, *reversed(_LEVELS)):
+        for extreme in reversed(_LEVELS):
             try:
                 return extreme, self._speed(make(extreme))
-            except ValueError as error:  # what stays dense holds more than that
+            except BudgetError as error:  # what stays dense holds more than that
                 refused = error
         raise refused
 
     def _speed(self, plan: Plan) -> float:
         """Times as fast as eager, of a model with these zeros. Times do not depend on what the weights are."""
-        self.report("choose", 0, 1)
         swapped = self.swapped(make_permanent(self._start(plan, "l2")[0]).requires_grad_(False))
         return self.speed(swapped)
 
@@ -624,7 +623,9 @@ class _Job:
             def shown(offset: int) -> Callable[[int, float], None]:
                 return lambda done, loss: self.report("distil", offset + done, steps)
 
-            state = None if self.folder is None else self.folder / f"training{name}.safetensors"
+            def state(stage: str) -> Path | None:
+                return None if self.folder is None else self.folder / f"{stage}{name}.safetensors"
+
             with fast_training():
                 history = recover(
                     model,
@@ -635,7 +636,7 @@ class _Job:
                     loss=self.phases,
                     progress=shown(0),
                     tighten=tighten,
-                    state=state,
+                    state=state("training"),
                 )
             if finish:
                 layers = list(prunable_layers(model))
@@ -650,6 +651,7 @@ class _Job:
                         seed=self.seed + 1,
                         loss=[self.phases[-1]._replace(share=1.0)],
                         progress=shown(steps - finish),
+                        state=state("finishing"),
                     )
         return make_permanent(model).eval().requires_grad_(False), history
 
@@ -673,7 +675,7 @@ class _Job:
             try:
                 plan, _ = self.kept_plan(method, sparsity, None, name=f"-{sparsity}")
                 pruned, history = self.train(plan, steps, name=f"-{sparsity}")
-            except ValueError:
+            except BudgetError:
                 if good is None:
                     raise
                 break  # no more can go: what stays dense holds the rest

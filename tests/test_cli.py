@@ -115,6 +115,9 @@ def test_sweep_shows_quality_against_speed(tmp_path: Path, monkeypatch: pytest.M
     shown = run("sweep", "dcgan", *options, "--out", tmp_path, "--max-kid", limit).output
     assert "sparsity 0.3" in shown and "Pareto" in shown
     assert (
+        "such as 0.5,0.75" in run("sweep", "dcgan", "--sparsities", "half", "--out", tmp_path, code=1).output
+    )
+    assert (
         "no model is within KID"
         in run("sweep", "dcgan", *options, "--out", tmp_path, "--max-kid", -99, code=1).output
     )

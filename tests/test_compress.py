@@ -3,7 +3,9 @@
 import importlib
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,7 +148,7 @@ def test_auto_takes_what_is_nearest_to_the_dense_model():
     assert result.plan.method == min(tried, key=tried.get)
 
 
-def test_permuted_blocks_keep_more(monkeypatch: pytest.MonkeyPatch):
+def test_permuted_blocks_keep_more():
     settings = {"method": "blocks", "pattern": BlockPattern(16, 16), "steps": 0, "sparsity": 0.4}
     teacher = generator()(*UNSEEN)
     plain, permuted = (run(permute=permute, **settings).pruned(*UNSEEN) for permute in (False, True))
@@ -180,6 +182,17 @@ def mean_colours(images: Tensor) -> Tensor:
     return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
 
 
+def raise_at_the_second_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    calls = iter(range(9))
+
+    def wrapped(*arguments: Any, **settings: Any) -> Any:
+        if next(calls) == 1:
+            raise ValueError("something else")
+        return function(*arguments, **settings)
+
+    return wrapped
+
+
 def test_sparsity_rises_until_kid_is_passed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compress_module, "_KID_SAMPLES", 200)
     loose = run(sparsity=None, max_kid=1e6, method="blocks", steps=0, extractor=mean_colours)
@@ -190,6 +203,11 @@ def test_sparsity_rises_until_kid_is_passed(monkeypatch: pytest.MonkeyPatch):
     limit = (found["0.6"] + found["0.7"]) / 2
     tight = run(sparsity=None, max_kid=limit, method="blocks", steps=0, extractor=mean_colours)
     assert tight.plan.sparsity == 0.6 and list(tight.report["KID x1000 by sparsity"])[-1] == "0.7"
+    # What goes wrong on the way is no sign that no more can go.
+    train = raise_at_the_second_call(compress_module._Job.train)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="something else"):
+        patch.setattr(compress_module._Job, "train", train)
+        run(sparsity=None, max_kid=1e6, method="blocks", steps=0, extractor=mean_colours)
     with pytest.raises(ValueError, match="with 50% of the operations removed it is"):
         run(sparsity=None, max_kid=1e-9, method="blocks", steps=0, extractor=mean_colours)
 
@@ -207,23 +225,29 @@ def test_the_result_is_one_object_that_can_be_saved(tmp_path: Path, result: Comp
     assert torch.equal(again.pruned(*UNSEEN), both.pruned(*UNSEEN))
     assert torch.equal(again.model(*UNSEEN), both.model(*UNSEEN))
     assert all(torch.equal(mask, again.masks[name]) for name, mask in both.masks.items())
-    (tmp_path / "compressed.json").write_text('{"plan": {}}')
-    with pytest.raises(ValueError, match="does not hold a compressed model of this one"):
-        Compressed.load(tmp_path, generator(), latents)
+    for name, damage in (
+        ("pruned.safetensors", b"x" * 9),
+        ("compressed.json", b'{"plan": {}}'),
+        ("compressed.json", b"["),
+    ):
+        (tmp_path / name).write_bytes(damage)
+        with pytest.raises(ValueError, match="does not hold a compressed model of this one"):
+            Compressed.load(tmp_path, generator(), latents)
 
 
 class Killed(Exception):
     pass
 
 
-def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("at", [5, 39])  # while it learns, and while it finishes with int8 rounding
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int):
     monkeypatch.setattr(distill, "SAVE_SECONDS", 0.0)
-    settings = {"method": "blocks", "steps": 8, "perceptual": None}
+    settings = {"method": "blocks", "steps": 40, "perceptual": None}
     whole = run(**settings)
     steps = []
 
     def kill(stage: str, done: int, total: int) -> None:
-        if stage == "distil" and done == 5:
+        if stage == "distil" and done == at:
             raise Killed
 
     with pytest.raises(Killed):
@@ -236,7 +260,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="belongs to a run with other settings"):
         run(folder=tmp_path, **(settings | {"sparsity": 0.4}))
     resumed = run(folder=tmp_path, progress=count, **settings)
-    assert steps == [6, 7, 8]
+    assert steps == list(range(at + 1, 41))
     assert all(
         torch.equal(a, b)
         for a, b in zip(resumed.pruned.state_dict().values(), whole.pruned.state_dict().values(), strict=True)
@@ -263,9 +287,17 @@ def test_example_inputs_do_instead_of_a_sampler():
     assert len(result.history) == 2
 
 
-def test_the_texture_distance_trains():
-    result = run(steps=6, method="blocks", perceptual="texture")
-    assert len(result.history) == 6
+def test_pixels_come_first_and_then_the_perceptual_distance():
+    seen: list[int] = []
+
+    def distance(image: Tensor, target: Tensor) -> Tensor:
+        seen.append(len(image))
+        return (image - target).square().mean()
+
+    run(steps=8, perceptual=distance)
+    assert seen == [16, 16]
+    plain, texture = (run(steps=8, perceptual=perceptual) for perceptual in (None, "texture"))
+    assert plain.history[:6] == texture.history[:6] and plain.history[6:] != texture.history[6:]
 
 
 @pytest.mark.parametrize(

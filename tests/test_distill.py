@@ -329,3 +329,15 @@ def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device; what was there before is unchanged"):
         files.write_atomically(path, b"after")
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_number_format_trains_and_resumes(tmp_path, dtype):
+    def inputs(n, generator):
+        return tuple(x.to(dtype) for x in sample(n, generator))
+
+    def train(state, steps=3):
+        model = pruned().to(dtype)
+        return recover(model, teacher().to(dtype), inputs, steps, batch=4, state=state)
+
+    assert train(None) == train(tmp_path / "state") == train(tmp_path / "state")

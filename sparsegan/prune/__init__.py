@@ -93,7 +93,7 @@ def prune(
     seed: of every random draw; the global generator is left alone.
 
     Raises TypeError or ValueError for arguments that make no sense, NaN or infinite weights, a model
-    without a layer to prune, and a sparsity that the pruned layers cannot give; the weights are then
+    without a layer to prune, and a sparsity that the pruned layers cannot give (BudgetError); the weights are then
     as they were.
     """
     if not isinstance(pattern, Pattern):
@@ -249,7 +249,7 @@ def _keep_within_budget(
     least = sum(float(costs[name][priorities[name].argmax()]) for name in chosen)
     if budget < least * (1 - 1e-9):
         reachable = 1 - (sum(spared.values()) + least) / total
-        raise ValueError(
+        raise budgets.BudgetError(
             f"sparsity {sparsity:.4g} cannot be reached, at most {reachable:.4g}: each pruned layer keeps "
             f"one {pattern} group, and dense stay: {', '.join(spared) or 'none'}; "
             "ask for less, or name layers=[...]"

@@ -66,6 +66,10 @@ def keep_best(
     return dict(zip(priorities, kept.split([len(p) for p in priorities.values()]), strict=True))
 
 
+class BudgetError(ValueError):
+    """A budget that cannot be met, however much goes: the text says what can be reached."""
+
+
 def smallest_layers(macs: Mapping[str, int]) -> set[str]:
     """The smallest layers that together hold at most `SMALL_SHARE` of the multiply-adds."""
     small, held = set(), 0
@@ -157,8 +161,8 @@ def least_damage(
         theirs.
     cost:   of the same layers and densities: milliseconds (`latency`), multiply-adds; need not fall with the density.
 
-    Returns the densities; ``{name: 1 - density}`` is the sparsity that `prune` takes. Raises ValueError when
-    even the cheapest way costs more, for tables that do not match, and for costs below zero or NaN.
+    Returns the densities; ``{name: 1 - density}`` is the sparsity that `prune` takes. Raises BudgetError when
+    even the cheapest way costs more, ValueError for tables that do not match, and for costs below zero or NaN.
 
     The multiple-choice knapsack problem, by dynamic programming over the undominated pairs of (cost, damage): exact
     while there are at most `FRONT` of these; beyond that they are thinned, which never exceeds the budget.
@@ -176,7 +180,7 @@ def least_damage(
             )
     least = sum(min(row.values()) for row in cost.values())
     if not least <= budget * (1 + 1e-9):
-        raise ValueError(f"a budget of {budget:.4g} cannot be met: the cheapest densities cost {least:.4g}")
+        raise BudgetError(f"a budget of {budget:.4g} cannot be met: the cheapest densities cost {least:.4g}")
     # Undominated ways to prune the layers so far, in order of their cost: cost, damage, and the densities chosen.
     front: list[tuple[float, float, tuple[float, ...]]] = [(0.0, 0.0, ())]
     room = budget * (1 + 1e-9) - least  # what is left when every layer takes its cheapest density

@@ -295,7 +295,7 @@ def _counts(
     low, high = 0, len(thresholds) - 1
     if macs(counts_at(thresholds[high])) > budget * (1 + 1e-9):
         reachable = 1 - macs(counts_at(thresholds[high])) / sum(dense.values())
-        raise ValueError(
+        raise budgets.BudgetError(
             f"sparsity {sparsity:.4g} cannot be reached by removing channels, at most {reachable:.4g}: every "
             f"group keeps {align}, and what touches the inputs and outputs stays; ask for less, or add blocks"
         )

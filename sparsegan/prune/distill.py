@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -60,7 +61,7 @@ def recover(
     models run in eval mode: norm statistics stay the teacher's, because channels that lost most of their
     inputs have tiny variances, and re-estimating them makes training unstable. Zeros held by a mask stay.
     Under ``torch.autocast("cpu", torch.bfloat16)`` a step takes about 0.6 of the time on CPUs with bfloat16
-    instructions, and 0.3 with AMX.
+    instructions.
 
     sample_inputs: called with the number of samples and a generator seeded with ``seed``.
     loss: "l1+l2", a callable of the two batches of images, or phases that follow each other, whose shares add up to 1. A loss
@@ -153,7 +154,6 @@ class _Run:
         seed: int,
     ) -> None:
         self.model, self.parameters, self.phases, self.steps, self.lr = model, parameters, phases, steps, lr
-        self.start_lr = lr
         self.generator = torch.Generator().manual_seed(seed)
         # Gradients change with every prune and every phase: second moments that remember 100 steps follow them.
         self.optimiser = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
@@ -164,10 +164,15 @@ class _Run:
         self.learners = nn.ModuleList(phase.loss for phase in phases if isinstance(phase.loss, nn.Module))
         self.optimisers = [self.optimiser]
         self.optimisers += [m.optimiser for m in self.learners.modules() if hasattr(m, "optimiser")]  # type: ignore[misc]
-        settings = (steps, lr, seed, [(phase.share, phase.batch) for phase in phases])
-        self.fingerprint = hashlib.sha256(repr(settings).encode())
-        for parameter in parameters:
-            self.fingerprint.update(parameter.detach().contiguous().numpy().tobytes())
+        self.settings = (steps, lr, seed, [(phase.share, phase.batch) for phase in phases])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Which run this is: its settings, and the weights that it starts with, so asked for before they change."""
+        digest = hashlib.sha256(repr(self.settings).encode())
+        for parameter in self.parameters:
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def phase(self) -> Phase:
         done = 0.0
@@ -208,12 +213,13 @@ class _Run:
         tensors["generator"] = self.generator.get_state()
         tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
         facts = {"step": self.step, "lr": self.lr, "history": self.history}
-        metadata = {"format": _FORMAT, "run": self.fingerprint.hexdigest(), "facts": json.dumps(facts)}
+        metadata = {"format": _FORMAT, "run": self.fingerprint, "facts": json.dumps(facts)}
         write_atomically(path, save_tensors(tensors, metadata))
         self.saved = time.monotonic()
 
     def resume(self, path: Path) -> None:
-        """Go on from ``path``, if it is there."""
+        """Go on from ``path``, if it is there; called before the first step."""
+        fingerprint = self.fingerprint
         if not path.exists():
             return
         try:
@@ -222,7 +228,7 @@ class _Run:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): delete it to start anew") from error
-        if metadata.get("format") != _FORMAT or metadata.get("run") != self.fingerprint.hexdigest():
+        if metadata.get("format") != _FORMAT or metadata.get("run") != fingerprint:
             raise ValueError(
                 f"{path} belongs to another run (other weights, steps, rate, seed or phases): delete it, or name another folder"
             )

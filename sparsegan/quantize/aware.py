@@ -38,6 +38,7 @@ def quantization_aware(model: nn.Module, ranges: Mapping[str, tuple[float, float
         layers are left as they are. Inputs beyond the range are cut off, and have no gradient there.
 
     The arithmetic is that of the kernels (`quantize_weight`, `activation_params`; sums in float32 rather than integers).
+    Under `torch.autocast` what was rounded to int8 is rounded to bfloat16 besides, which the kernels do not do.
     Gradients pass rounding unchanged: Jacob et al. 2018 (arXiv:1712.05877), section 3; the straight-through estimator.
     Raises ValueError for an unknown layer or one of another type.
     """
