@@ -13,10 +13,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sparsegan import training
 from sparsegan.compress import Compressed, compress, sweep
 from sparsegan.layers import SparseProgram
 from sparsegan.patterns import BlockPattern, weight_view
-from sparsegan.prune import distill, sparsity_report
+from sparsegan.prune import sparsity_report
 from sparsegan.report import layer_results, layer_table, mean_psnr
 
 compress_module = importlib.import_module("sparsegan.compress")  # the package has a function of that name
@@ -241,7 +242,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("at", [5, 39])  # while it learns, and while it finishes with int8 rounding
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int):
-    monkeypatch.setattr(distill, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     settings = {"method": "blocks", "steps": 40, "perceptual": None}
     whole = run(**settings)
     steps = []

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparsegan import files
+from sparsegan import files, training
 from sparsegan.patterns import BlockPattern
-from sparsegan.prune import distill, prune, recover
+from sparsegan.prune import prune, recover
 from sparsegan.prune.distill import Phase
 from sparsegan.prune.losses import Adversarial, LayerMatching, Weighted, l1
 from sparsegan.prune.schedule import SCHEDULES, Schedule
@@ -283,7 +283,7 @@ class Killed(Exception):
 
 def interrupted(path, monkeypatch, at, **settings):
     """The weights after a training that was killed at a step and then started again."""
-    monkeypatch.setattr(distill, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
 
     def kill(done, loss):
         if done == at:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import itertools
-import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.optim import Adam
 
-from sparsegan.files import write_atomically
+from sparsegan import parallel
 from sparsegan.prune.losses import Loss, l1_plus_l2
 from sparsegan.prune.trace import Inputs, eval_mode, image_of
+from sparsegan.training import TrainingState
 
 SampleInputs: TypeAlias = Callable[[int, torch.Generator], Inputs]
 """``(number of samples, generator) -> positional inputs of the model``"""
@@ -29,8 +24,6 @@ Tighten: TypeAlias = Callable[[int], bool]
 """``steps done -> whether the masks were changed``; called before each step"""
 
 CHECKPOINT_EVERY = 25
-SAVE_SECONDS = 20.0
-_FORMAT = "sparsegan recovery 1"
 
 
 class Phase(NamedTuple):
@@ -71,6 +64,9 @@ def recover(
     state: a file that holds the training so far, written about three times a minute and as the last step is done. Where it is
         there already, training goes on from it; the result is the same as without the interruption.
 
+    Started by `torchrun`, the processes share each batch and average gradients; a loss that looks at a batch as a whole (the mean
+    of its features) sees the share of its process.
+
     A step whose loss is not finite is undone: weights and optimiser go back to the last good state, the
     learning rate is halved, and training goes on. Raises ValueError for bad arguments, a model without
     trainable parameters and a ``state`` of another run, RuntimeError when the loss is not finite from the start, OSError when
@@ -85,46 +81,60 @@ def recover(
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
 
+    # Gradients change with every prune and every phase: second moments that remember 100 steps follow them.
+    optimiser = Adam(parameters, lr=lr, betas=(0.9, 0.99))
+    training = _state(model, optimiser, phases, steps, lr, seed)
+    if state is not None:
+        training.resume(state)
     with ready(model), ready(teacher), torch.enable_grad():
-        run = _Run(model, parameters, phases, steps, lr, seed)
-        if state is not None:
-            run.resume(state)
-        good = run.snapshot()
-        while run.step < steps:
-            if tighten is not None and tighten(run.step):
-                good = run.snapshot()
-            phase = run.phase()
-            inputs = sample_inputs(phase.batch, run.generator)
+        shared = parallel.wrapped(model)
+        training.keep()
+        while training.step < steps:
+            step = training.step
+            if tighten is not None and tighten(step):
+                training.keep()
+            phase = _phase_at(phases, step, steps)
+            inputs = _share(sample_inputs(phase.batch, training.generator), phase.batch)
             with torch.no_grad():
                 target = image_of(teacher(*inputs)).float()
-            image = image_of(model(*inputs)).float()
-            value = phase.loss(image, target)
-            run.history.append(value.item())
-            if math.isfinite(run.history[-1]):
-                # The loss vouches for the weights it was computed with, so they are saved before they change.
-                if run.step % CHECKPOINT_EVERY == 0:
-                    good = run.snapshot()
-                run.descend(value)
+            image = image_of(shared(*inputs)).float()
+            value = parallel.mean(phase.loss(image, target))
+            training.history.append(value.item())
+            if math.isfinite(training.history[-1]):
+                # The loss vouches for the weights it was computed with, so they are kept before they change.
+                if step % CHECKPOINT_EVERY == 0:
+                    training.keep()
+                for group in optimiser.param_groups:
+                    group["lr"] = training.rate * lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+                optimiser.zero_grad()
+                value.backward()
+                optimiser.step()
                 if hasattr(phase.loss, "update"):
                     phase.loss.update(image.detach(), target)
-            elif any(map(math.isfinite, run.history)):
-                run.restore(good)
-                run.lr *= 0.5
+            elif any(map(math.isfinite, training.history)):
+                training.roll_back()
             else:
                 raise RuntimeError(
-                    f"the loss is {run.history[-1]} at the first step: look for NaN in the images of both models"
+                    f"the loss is {training.history[-1]} at the first step: look for NaN in the images of both models"
                 )
             # Autocast keeps casts of the weights until its context is left, which may be after training.
             torch.clear_autocast_cache()
-            run.step += 1
-            if state is not None and math.isfinite(run.history[-1]):
-                run.save(state, at_once=run.step == steps)
+            training.step += 1
+            if state is not None and math.isfinite(training.history[-1]) and parallel.rank() == 0:
+                training.save(state, at_once=training.step == steps)
             if progress is not None:
-                progress(run.step, run.history[-1])
-        run.optimiser.zero_grad()
+                progress(training.step, training.history[-1])
+        optimiser.zero_grad()
         if not all(bool(p.isfinite().all()) for p in parameters):
-            run.restore(good)
-    return run.history
+            training.roll_back()
+    return training.history
+
+
+def _share(inputs: Inputs, batch: int) -> Inputs:
+    """This process's part of the samples; what is not one value a sample is for all."""
+    return tuple(
+        parallel.share(x) if isinstance(x, Tensor) and x.ndim and len(x) == batch else x for x in inputs
+    )
 
 
 def _phases(loss: str | Loss | Sequence[Phase], batch: int) -> list[Phase]:
@@ -138,124 +148,27 @@ def _phases(loss: str | Loss | Sequence[Phase], batch: int) -> list[Phase]:
     return [Phase(1.0, loss if callable(loss) else l1_plus_l2, batch)]
 
 
-Snapshot: TypeAlias = tuple[list[Tensor], dict[str, Any]]
+def _state(
+    model: nn.Module, optimiser: Adam, phases: Sequence[Phase], steps: int, lr: float, seed: int
+) -> TrainingState:
+    """Losses that learn (an adversary) are part of the state, with their optimisers; a perceptual distance stays as it is."""
+    losses = [phase.loss for phase in phases if isinstance(phase.loss, nn.Module)]
+    learners = {f"loss {i}": loss for i, loss in enumerate(losses) if hasattr(loss, "update")}
+    optimisers = [
+        m.optimiser for loss in learners.values() for m in loss.modules() if hasattr(m, "optimiser")
+    ]
+    settings = (steps, lr, seed, [(phase.share, phase.batch) for phase in phases])
+    generator = torch.Generator().manual_seed(seed)
+    return TrainingState({"model": model, **learners}, [optimiser, *optimisers], generator, settings)  # type: ignore[list-item]
 
 
-class _Run:
-    """Where a training is: all that a later process needs to go on as if nothing had happened."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        parameters: list[nn.Parameter],
-        phases: list[Phase],
-        steps: int,
-        lr: float,
-        seed: int,
-    ) -> None:
-        self.model, self.parameters, self.phases, self.steps, self.lr = model, parameters, phases, steps, lr
-        self.generator = torch.Generator().manual_seed(seed)
-        # Gradients change with every prune and every phase: second moments that remember 100 steps follow them.
-        self.optimiser = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
-        self.history: list[float] = []
-        self.step = 0
-        self.saved = time.monotonic()
-        # Losses that learn (an adversary) are part of the state, with their optimisers.
-        self.learners = nn.ModuleList(phase.loss for phase in phases if isinstance(phase.loss, nn.Module))
-        self.optimisers = [self.optimiser]
-        self.optimisers += [m.optimiser for m in self.learners.modules() if hasattr(m, "optimiser")]  # type: ignore[misc]
-        self.settings = (steps, lr, seed, [(phase.share, phase.batch) for phase in phases])
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Which run this is: its settings, and the weights that it starts with, so asked for before they change."""
-        digest = hashlib.sha256(repr(self.settings).encode())
-        for parameter in self.parameters:
-            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    def phase(self) -> Phase:
-        done = 0.0
-        for phase in self.phases:
-            done += phase.share
-            if self.step < round(done * self.steps):
-                return phase
-        return self.phases[-1]
-
-    def descend(self, value: Tensor) -> None:
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-        self.optimiser.zero_grad()
-        value.backward()
-        self.optimiser.step()
-
-    def snapshot(self) -> Snapshot:
-        return [p.detach().clone() for p in self.parameters], copy.deepcopy(self.optimiser.state_dict())
-
-    def restore(self, snapshot: Snapshot) -> None:
-        weights, state = snapshot
-        with torch.no_grad():
-            for parameter, weight in zip(self.parameters, weights, strict=True):
-                parameter.copy_(weight)
-        self.optimiser.load_state_dict(copy.deepcopy(state))
-
-    def save(self, path: Path, at_once: bool) -> None:
-        """Write everything to ``path``, if it was last written long enough ago; another file takes its name when it is whole."""
-        if not at_once and time.monotonic() - self.saved < SAVE_SECONDS:
-            return
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for i, optimiser in enumerate(self.optimisers):
-            for j, moments in optimiser.state_dict()["state"].items():
-                tensors |= {f"optimiser.{i}.{j}.{name}": value for name, value in moments.items()}
-        for i, learner in enumerate(self.learners):
-            if hasattr(learner, "update"):  # a perceptual distance stays as it is
-                tensors |= {f"learner.{i}.{name}": value for name, value in learner.state_dict().items()}
-        tensors["generator"] = self.generator.get_state()
-        tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
-        facts = {"step": self.step, "lr": self.lr, "history": self.history}
-        metadata = {"format": _FORMAT, "run": self.fingerprint, "facts": json.dumps(facts)}
-        write_atomically(path, save_tensors(tensors, metadata))
-        self.saved = time.monotonic()
-
-    def resume(self, path: Path) -> None:
-        """Go on from ``path``, if it is there; called before the first step."""
-        fingerprint = self.fingerprint
-        if not path.exists():
-            return
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it to start anew") from error
-        if metadata.get("format") != _FORMAT or metadata.get("run") != fingerprint:
-            raise ValueError(
-                f"{path} belongs to another run (other weights, steps, rate, seed or phases): delete it, or name another folder"
-            )
-        try:
-            facts = json.loads(metadata["facts"])
-            self.step, self.lr = int(facts["step"]), float(facts["lr"])
-            self.history = [float(value) for value in facts["history"]]
-            with torch.no_grad():
-                self.model.load_state_dict(_under("model.", tensors))
-                for i, learner in enumerate(self.learners):
-                    if hasattr(learner, "update"):
-                        learner.load_state_dict(_under(f"learner.{i}.", tensors))
-            for i, optimiser in enumerate(self.optimisers):
-                state = optimiser.state_dict()
-                for name, value in _under(f"optimiser.{i}.", tensors).items():
-                    number, moment = name.split(".")
-                    state["state"].setdefault(int(number), {})[moment] = value
-                optimiser.load_state_dict(state)
-            self.generator.set_state(tensors["generator"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} does not hold what it should ({error}): delete it to start anew"
-            ) from error
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _phase_at(phases: Sequence[Phase], progress: float, steps: int) -> Phase:
+    done = 0.0
+    for phase in phases:
+        done += phase.share
+        if progress < round(done * steps):
+            return phase
+    return phases[-1]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsegan import parallel
 from sparsegan.prune.trace import prunable_layers
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -101,6 +102,7 @@ class Adversarial(nn.Module):
         super().__init__()
         self.discriminator, self.data = discriminator, data
         self.optimiser = torch.optim.Adam(discriminator.parameters(), lr=lr, betas=(0.0, 0.99))
+        self._shared: list[nn.Module] = []  # a list: not a second child with the same weights
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
         self.discriminator.requires_grad_(False)
@@ -109,7 +111,9 @@ class Adversarial(nn.Module):
     def update(self, image: Tensor, target: Tensor) -> None:
         self.discriminator.requires_grad_(True)
         real = target if self.data is None else self.data(len(image))
-        fakes, reals = self.discriminator(image).float(), self.discriminator(real).float()
+        if not self._shared:
+            self._shared.append(parallel.wrapped(self.discriminator))
+        fakes, reals = self._shared[0](torch.cat([image, real])).float().split([len(image), len(real)])
         loss = F.relu(1 - reals).mean() + F.relu(1 + fakes).mean()
         self.optimiser.zero_grad()
         loss.backward()

@@ -1,0 +1,134 @@
+"""Where a training is: all that a later process needs to go on as if nothing had happened, and a way back from a bad step."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsegan.files import write_atomically
+
+SAVE_SECONDS = 20.0
+_FORMAT = "sparsegan training 1"
+
+
+class TrainingState:
+    """The modules, optimisers and random numbers of a training, its losses so far, and a factor of its learning rates.
+
+    modules:    whose state is kept, by a name for each. optimisers: of any number of them.
+    settings:   what makes another run of it, with the weights at the start: anything with a `repr`.
+    generator:  of the random numbers that the training draws.
+    step, rate, history: steps done; a factor that is halved when training goes astray; the loss of each step.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        optimisers: Sequence[Optimizer],
+        generator: torch.Generator,
+        settings: object,
+    ) -> None:
+        self.modules, self.optimisers, self.generator = dict(modules), list(optimisers), generator
+        self.settings = settings
+        self.step, self.rate = 0, 1.0
+        self.history: list[float] = []
+        self._fingerprint: str | None = None
+        self._saved = time.monotonic()
+
+    def keep(self) -> None:
+        """Take this as the last good state, in memory."""
+        self._good = copy.deepcopy(
+            (
+                {name: module.state_dict() for name, module in self.modules.items()},
+                [optimiser.state_dict() for optimiser in self.optimisers],
+            )
+        )
+
+    def roll_back(self) -> None:
+        """Go back to the weights and the optimisers of the last `keep`, and halve the learning rates. Steps done stay done."""
+        modules, optimisers = copy.deepcopy(self._good)
+        for name, module in self.modules.items():
+            module.load_state_dict(modules[name])
+        for optimiser, state in zip(self.optimisers, optimisers, strict=True):
+            optimiser.load_state_dict(state)
+        self.rate *= 0.5
+
+    def save(self, path: Path, *, at_once: bool) -> None:
+        """Write everything to ``path``, if the last time was `SAVE_SECONDS` ago or ``at_once``.
+
+        Raises OSError, see `write_atomically`.
+        """
+        if not at_once and time.monotonic() - self._saved < SAVE_SECONDS:
+            return
+        tensors = {"generator": self.generator.get_state()}
+        for key, module in self.modules.items():
+            tensors |= {f"module.{key}.{name}": value for name, value in module.state_dict().items()}
+        for i, optimiser in enumerate(self.optimisers):
+            for j, moments in optimiser.state_dict()["state"].items():
+                tensors |= {f"optimiser.{i}.{j}.{name}": value for name, value in moments.items()}
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        facts = {"step": self.step, "rate": self.rate, "history": self.history}
+        metadata = {"format": _FORMAT, "run": self._run(), "facts": json.dumps(facts)}
+        write_atomically(path, save_tensors(tensors, metadata))
+        self._saved = time.monotonic()
+
+    def resume(self, path: Path) -> None:
+        """Go on from ``path``, if it is there; called before the first step.
+
+        Raises ValueError for a damaged file and for one of another run.
+        """
+        run = self._run()
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it to start anew") from error
+        if metadata.get("format") != _FORMAT or metadata.get("run") != run:
+            raise ValueError(
+                f"{path} belongs to another run (other weights or settings): delete it, or name another folder"
+            )
+        try:
+            facts = json.loads(metadata["facts"])
+            self.step, self.rate = int(facts["step"]), float(facts["rate"])
+            self.history = [float(value) for value in facts["history"]]
+            with torch.no_grad():
+                for key, module in self.modules.items():
+                    module.load_state_dict(_under(f"module.{key}.", tensors))
+            for i, optimiser in enumerate(self.optimisers):
+                state: dict[str, Any] = optimiser.state_dict()
+                for name, value in _under(f"optimiser.{i}.", tensors).items():
+                    number, moment = name.split(".")
+                    state["state"].setdefault(int(number), {})[moment] = value
+                optimiser.load_state_dict(state)
+            self.generator.set_state(tensors["generator"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} does not hold what it should ({error}): delete it to start anew"
+            ) from error
+
+    def _run(self) -> str:
+        """Which run this is: its settings, and the weights that it starts with; so first asked for before they change."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(repr(self.settings).encode())
+            for module in self.modules.values():
+                for value in module.state_dict().values():
+                    digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
