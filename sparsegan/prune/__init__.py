@@ -3,56 +3,64 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from sparsegan.patterns import (
-    BlockPattern,
-    NMPattern,
-    Pattern,
-    PrunableLayer,
-    from_weight_view,
-    weight_view,
-)
+from sparsegan.patterns import BlockPattern, NMPattern, Pattern, PrunableLayer, weight_view
 from sparsegan.prune import allocate as budgets
 from sparsegan.prune import importance as scoring
 from sparsegan.prune.allocate import least_damage, sensitivity
 from sparsegan.prune.distill import recover
+from sparsegan.prune.during import Sparsifier
 from sparsegan.prune.importance import GradientImportance, Importance, gradient_importance
-from sparsegan.prune.masks import adopt_torch_mask, make_permanent, set_mask
-from sparsegan.prune.reconstruct import Fit, correct_bias, reconstruct, weight_parameter
-from sparsegan.prune.trace import (
-    Inputs,
-    LayerSparsity,
-    count_macs,
-    prunable_layers,
-    sparsity_report,
-    trace,
+from sparsegan.prune.masks import make_permanent, mask_groups
+from sparsegan.prune.parameters import (
+    ThresholdChoice,
+    ThresholdTrial,
+    choose_threshold,
+    group_lasso,
+    l1_penalty,
+    l2_penalty,
+    prune_below,
+    prune_layers,
+    prune_neurons,
+    prune_random_rows,
+    shrink_groups,
 )
+from sparsegan.prune.reconstruct import Fit, correct_bias, reconstruct, weight_parameter
+from sparsegan.prune.trace import Inputs, LayerSparsity, count_macs, sparsity_report
 
 __all__ = [
     "Fit",
     "GradientImportance",
     "LayerSparsity",
+    "Sparsifier",
+    "ThresholdChoice",
+    "ThresholdTrial",
+    "choose_threshold",
     "correct_bias",
     "count_macs",
     "gradient_importance",
+    "group_lasso",
+    "l1_penalty",
+    "l2_penalty",
     "least_damage",
     "make_permanent",
     "prune",
+    "prune_below",
+    "prune_layers",
+    "prune_neurons",
+    "prune_random_rows",
     "reconstruct",
     "recover",
     "sensitivity",
+    "shrink_groups",
     "sparsity_report",
 ]
 
 DEFAULT_PATTERN = BlockPattern(4, 4)
-DEFAULT_SPARSITY = 0.75
 # "obs" removes the blocks in so many rounds, each with what the ones before left.
 OBS_ROUNDS = 2
 
@@ -98,28 +106,17 @@ def prune(
     """
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a Pattern such as BlockPattern(4, 4), got {pattern!r}")
-    per_layer = isinstance(sparsity, Mapping)
     if isinstance(sparsity, Mapping):
         if layers is not None:
             raise ValueError("sparsity by layer names the layers to prune: leave layers out")
-        shares = {name: _checked_sparsity(pattern, share) for name, share in sparsity.items()}
+        shares = {name: budgets.checked_sparsity(pattern, share) for name, share in sparsity.items()}
         layers = list(shares)
     else:
-        shares = {"": _checked_sparsity(pattern, sparsity)}
+        shares = {"": budgets.checked_sparsity(pattern, sparsity)}
     if allocate not in budgets.RULES:
         raise ValueError(f"unknown allocate {allocate!r}; there are: {', '.join(budgets.RULES)}")
 
-    candidates = prunable_layers(model)
-    positions, touches_image = trace(model, example_inputs)
-    macs = {name: positions[name] * weight_view(layer).numel() for name, layer in candidates.items()}
-    if layers is None:
-        chosen = _default_layers(model, candidates, touches_image | budgets.smallest_layers(macs))
-    else:
-        chosen = _named_layers(candidates, macs, layers)
-        macs = {name: macs[name] for name in chosen}
-    for name, layer in chosen.items():
-        _check_weight(name, layer)
-        adopt_torch_mask(layer)
+    everything = chosen, positions, macs = budgets.choose_layers(model, example_inputs, layers)
 
     def keep(sums: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
         """The groups to keep when the share ``progress`` of the way is done, each step by the same factor."""
@@ -127,11 +124,11 @@ def prune(
             return {name: pattern.best(scores) for name, scores in sums.items()}
         kept: dict[str, Tensor] = {}
         for group, share in shares.items():
-            among = {group: chosen[group]} if per_layer else chosen
-            counted = {group: macs[group]} if per_layer else macs
-            kept |= _keep_within_budget(
-                pattern, among, sums, positions, counted, 1 - (1 - share) ** progress, budgets.RULES[allocate]
-            )
+            target = everything
+            if group:  # a layer with a share of its own
+                target = budgets.Target({group: chosen[group]}, positions, {group: macs[group]})
+            share_now = 1 - (1 - share) ** progress
+            kept |= budgets.keep_within_budget(pattern, target, sums, share_now, budgets.RULES[allocate])
         return kept
 
     generator = torch.Generator().manual_seed(seed)
@@ -148,69 +145,12 @@ def prune(
         }
         keep(sums, 1.0)  # which raises for what cannot be reached, before anything is changed
         for name, kept in keep(sums, done / rounds).items():
-            view = weight_view(chosen[name])
-            mask = pattern.expand(kept, tuple(view.shape))
-            set_mask(chosen[name], from_weight_view(chosen[name], mask).to(view.device))
+            mask_groups(chosen[name], pattern, kept)
         if fitted:
             assert example_inputs is not None
             batches = scoring.calibration_batches(example_inputs, generator)
             reconstruct(model, teacher, batches, list(chosen))
     return model
-
-
-def _checked_sparsity(pattern: Pattern, sparsity: float | None) -> float:
-    if isinstance(pattern, NMPattern):
-        fixed = 1 - pattern.n / pattern.m
-        if sparsity is not None and not math.isclose(sparsity, fixed):
-            raise ValueError(
-                f"a {pattern} pattern removes {fixed:.4g} of each layer, not {sparsity}; leave sparsity out"
-            )
-        return fixed
-    if sparsity is None:
-        return DEFAULT_SPARSITY
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is the share of multiply-adds to remove, in [0, 1); got {sparsity}")
-    return sparsity
-
-
-def _default_layers(
-    model: nn.Module, candidates: dict[str, PrunableLayer], spared: set[str]
-) -> dict[str, PrunableLayer]:
-    if not candidates:
-        raise ValueError(f"{type(model).__name__} has no Linear, Conv2d or ConvTranspose2d to prune")
-    chosen = {name: layer for name, layer in candidates.items() if name not in spared}
-    if not chosen:
-        raise ValueError(
-            f"every layer ({', '.join(candidates)}) touches the image or is under 2 % of the "
-            "multiply-adds, and such layers stay dense by default; name those to prune with layers=[...]"
-        )
-    return chosen
-
-
-def _named_layers(
-    candidates: dict[str, PrunableLayer], macs: dict[str, int], layers: Sequence[str]
-) -> dict[str, PrunableLayer]:
-    wanted = [layers] if isinstance(layers, str) else list(layers)
-    if not wanted:
-        raise ValueError("layers is empty; name the layers to prune, or leave it out for the default")
-    for name in wanted:
-        if name not in candidates:
-            known = difflib.get_close_matches(name, candidates, n=3) or list(candidates)[:8]
-            raise ValueError(f"there is no layer {name!r} to prune; there are: {', '.join(known)}")
-        if macs[name] == 0:
-            raise ValueError(f"layer {name!r} is never called with these example_inputs")
-    return {name: layer for name, layer in candidates.items() if name in wanted}
-
-
-def _check_weight(name: str, layer: PrunableLayer) -> None:
-    own = "weight" in layer._parameters or hasattr(layer, "weight_mask")
-    if not own and not parametrize.is_parametrized(layer, "weight"):
-        raise ValueError(
-            f"the weight of layer {name!r} is not a parameter (weight_norm or spectral_norm as a forward "
-            "hook?); remove that first, with torch.nn.utils.remove_weight_norm or remove_spectral_norm"
-        )
-    if not bool(weight_view(layer).isfinite().all()):
-        raise ValueError(f"the weight of layer {name!r} holds NaN or infinite values; repair it first")
 
 
 def _checked_scores(name: str, layer: PrunableLayer, score: Importance) -> Tensor:
@@ -225,34 +165,3 @@ def _checked_scores(name: str, layer: PrunableLayer, score: Importance) -> Tenso
     if not bool(scores.isfinite().all()):
         raise ValueError(f"layer {name!r}: importance gave NaN or infinite scores")
     return scores.detach().cpu().double()
-
-
-def _keep_within_budget(
-    pattern: Pattern,
-    chosen: dict[str, PrunableLayer],
-    sums: dict[str, Tensor],
-    positions: dict[str, int],
-    macs: dict[str, int],
-    sparsity: float,
-    rule: budgets.Rule,
-) -> dict[str, Tensor]:
-    """Which groups to keep so that ``sparsity`` of all multiply-adds in ``macs`` go, by layer."""
-    costs = {}
-    for name, layer in chosen.items():
-        ones = torch.ones(weight_view(layer).shape, dtype=torch.float64)
-        costs[name] = pattern.group_sums(ones).flatten() * positions[name]
-    priorities = {name: rule(sums[name].flatten(), costs[name]) for name in chosen}
-
-    total = sum(macs.values())
-    spared = {name: macs[name] for name in macs if name not in chosen and macs[name]}
-    budget = (1 - sparsity) * total - sum(spared.values())
-    least = sum(float(costs[name][priorities[name].argmax()]) for name in chosen)
-    if budget < least * (1 - 1e-9):
-        reachable = 1 - (sum(spared.values()) + least) / total
-        raise budgets.BudgetError(
-            f"sparsity {sparsity:.4g} cannot be reached, at most {reachable:.4g}: each pruned layer keeps "
-            f"one {pattern} group, and dense stay: {', '.join(spared) or 'none'}; "
-            "ask for less, or name layers=[...]"
-        )
-    kept = budgets.keep_best(priorities, costs, budget)
-    return {name: kept[name].view_as(sums[name]) for name in chosen}

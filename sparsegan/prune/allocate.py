@@ -10,16 +10,19 @@ does to the image, and `least_damage` chooses a density for each layer.
 from __future__ import annotations
 
 import copy
+import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from sparsegan.patterns import Pattern, from_weight_view, weight_view
+from sparsegan.patterns import NMPattern, Pattern, PrunableLayer, weight_view
 from sparsegan.prune import importance as scoring
 from sparsegan.prune.importance import Importance
-from sparsegan.prune.masks import set_mask
+from sparsegan.prune.masks import adopt_torch_mask, mask_groups
 from sparsegan.prune.trace import Inputs, eval_mode, image_of, prunable_layers, trace
 
 Rule: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -81,6 +84,127 @@ def smallest_layers(macs: Mapping[str, int]) -> set[str]:
     return small
 
 
+DEFAULT_SPARSITY = 0.75
+
+
+def checked_sparsity(pattern: Pattern, sparsity: float | None) -> float:
+    """The share to remove: the default for None, what an N:M pattern fixes; else ValueError unless in [0, 1)."""
+    if isinstance(pattern, NMPattern):
+        fixed = 1 - pattern.n / pattern.m
+        if sparsity is not None and not math.isclose(sparsity, fixed):
+            raise ValueError(
+                f"a {pattern} pattern removes {fixed:.4g} of each layer, not {sparsity}; leave sparsity out"
+            )
+        return fixed
+    if sparsity is None:
+        return DEFAULT_SPARSITY
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is the share of multiply-adds to remove, in [0, 1); got {sparsity}")
+    return sparsity
+
+
+class Target(NamedTuple):
+    """What is to be pruned."""
+
+    layers: dict[str, PrunableLayer]
+    """Those that lose weights."""
+    positions: dict[str, int]
+    """How often each weight of a layer is multiplied."""
+    macs: dict[str, int]
+    """The multiply-adds of the layers that a sparsity is a share of."""
+
+
+def choose_layers(model: nn.Module, example_inputs: Inputs | None, layers: Sequence[str] | None) -> Target:
+    """The layers of ``model`` to prune, ready for masks; see `prune` for both arguments and what is raised.
+
+    Named layers are all that is counted; by default that is the whole model.
+    """
+    candidates = prunable_layers(model)
+    positions, touches_image = trace(model, example_inputs)
+    macs = {name: positions[name] * weight_view(layer).numel() for name, layer in candidates.items()}
+    if layers is None:
+        chosen = _default_layers(model, candidates, touches_image | smallest_layers(macs))
+    else:
+        chosen = named_layers(candidates, layers)
+        for name in chosen:
+            if macs[name] == 0:
+                raise ValueError(f"layer {name!r} is never called with these example_inputs")
+        macs = {name: macs[name] for name in chosen}
+    for name, layer in chosen.items():
+        check_weight(name, layer)
+        adopt_torch_mask(layer)
+    return Target(chosen, positions, macs)
+
+
+def _default_layers(
+    model: nn.Module, candidates: dict[str, PrunableLayer], spared: set[str]
+) -> dict[str, PrunableLayer]:
+    if not candidates:
+        raise ValueError(f"{type(model).__name__} has no Linear, Conv2d or ConvTranspose2d to prune")
+    chosen = {name: layer for name, layer in candidates.items() if name not in spared}
+    if not chosen:
+        raise ValueError(
+            f"every layer ({', '.join(candidates)}) touches the image or is under 2 % of the "
+            "multiply-adds, and such layers stay dense by default; name those to prune with layers=[...]"
+        )
+    return chosen
+
+
+def named_layers(candidates: dict[str, PrunableLayer], layers: Sequence[str]) -> dict[str, PrunableLayer]:
+    """Those of ``candidates`` that ``layers`` names; ValueError for none and for a name that is not there."""
+    wanted = [layers] if isinstance(layers, str) else list(layers)
+    if not wanted:
+        raise ValueError("layers is empty; name the layers to prune, or leave it out for the default")
+    for name in wanted:
+        if name not in candidates:
+            known = difflib.get_close_matches(name, candidates, n=3) or list(candidates)[:8]
+            raise ValueError(f"there is no layer {name!r} to prune; there are: {', '.join(known)}")
+    return {name: layer for name, layer in candidates.items() if name in wanted}
+
+
+def check_weight(name: str, layer: PrunableLayer) -> None:
+    """Raises ValueError unless the weight of ``layer`` can be masked and is finite."""
+    own = "weight" in layer._parameters or hasattr(layer, "weight_mask")
+    if not own and not parametrize.is_parametrized(layer, "weight"):
+        raise ValueError(
+            f"the weight of layer {name!r} is not a parameter (weight_norm or spectral_norm as a forward "
+            "hook?); remove that first, with torch.nn.utils.remove_weight_norm or remove_spectral_norm"
+        )
+    with eval_mode(layer):  # in training mode spectral norm changes whenever a weight is read
+        finite = bool(weight_view(layer).isfinite().all())
+    if not finite:
+        raise ValueError(f"the weight of layer {name!r} holds NaN or infinite values; repair it first")
+
+
+def keep_within_budget(
+    pattern: Pattern, target: Target, sums: Mapping[str, Tensor], sparsity: float, rule: Rule
+) -> dict[str, Tensor]:
+    """Which groups to keep, bool by layer and shaped as ``sums``, so that ``sparsity`` of all ``target.macs`` go.
+
+    sums: the score of each group. Raises BudgetError when so much cannot go.
+    """
+    chosen, positions, macs = target
+    costs = {}
+    for name, layer in chosen.items():
+        ones = torch.ones(weight_view(layer).shape, dtype=torch.float64)
+        costs[name] = pattern.group_sums(ones).flatten() * positions[name]
+    priorities = {name: rule(sums[name].flatten(), costs[name]) for name in chosen}
+
+    total = sum(macs.values())
+    spared = {name: macs[name] for name in macs if name not in chosen and macs[name]}
+    budget = (1 - sparsity) * total - sum(spared.values())
+    least = sum(float(costs[name][priorities[name].argmax()]) for name in chosen)
+    if budget < least * (1 - 1e-9):
+        reachable = 1 - (sum(spared.values()) + least) / total
+        raise BudgetError(
+            f"sparsity {sparsity:.4g} cannot be reached, at most {reachable:.4g}: each pruned layer keeps "
+            f"one {pattern} group, and dense stay: {', '.join(spared) or 'none'}; "
+            "ask for less, or name layers=[...]"
+        )
+    kept = keep_best(priorities, costs, budget)
+    return {name: kept[name].view_as(sums[name]) for name in chosen}
+
+
 Table: TypeAlias = dict[str, dict[float, float]]
 """``layer name -> density -> damage``"""
 Features: TypeAlias = Callable[[Tensor], Tensor]
@@ -138,8 +262,7 @@ def sensitivity(
         for density in sorted(set(densities), reverse=True):  # each a part of the one before
             kept = torch.zeros_like(sums, dtype=torch.bool)
             kept.view(-1)[order[: max(round(density * len(order)), 1)]] = True
-            mask = from_weight_view(layer, pattern.expand(kept, tuple(view.shape)))
-            set_mask(pruned.get_submodule(name), mask)  # type: ignore[arg-type]
+            mask_groups(prunable_layers(pruned)[name], pattern, kept)
             row[density] = float((seen(pruned) - wanted).square().mean())
         table[name] = row
         if progress is not None:

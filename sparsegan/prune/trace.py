@@ -65,15 +65,15 @@ class Trace(NamedTuple):
     positions: dict[str, int]
     """How often each weight of the layer is multiplied, so multiply-adds = positions x number of weights."""
     touches_image: set[str]
-    """The layers that read or write images of 1 to 4 channels."""
+    """The convolutions that read or write images of 1 to 4 channels."""
 
 
 def trace(model: nn.Module, example_inputs: Inputs | None) -> Trace:
     """Run ``model`` once, in eval mode, on ``example_inputs``.
 
     Without inputs every position count is 1 (one multiply-add a weight) and only convolutions of 1 to 4
-    channels are known to touch the image; with them, also a first or last layer of any type that reads
-    or writes it whole. A transposed convolution is counted on its input positions, before its border
+    channels are known to touch the image; with them, also a first or last convolution that reads or writes
+    it whole, of any number of channels. A transposed convolution is counted on its input positions, before its border
     is cropped.
     """
     layers = prunable_layers(model)
@@ -115,6 +115,8 @@ def trace(model: nn.Module, example_inputs: Inputs | None) -> Trace:
             touches_image.add(first)
         if is_image(output) and output.numel() == written:
             touches_image.add(last)
+        # A linear layer makes each pixel by itself: most of the work of an MLP, and no more delicate than its other layers.
+        touches_image -= {name for name, layer in layers.items() if isinstance(layer, nn.Linear)}
     return Trace(positions, touches_image)
 
 
