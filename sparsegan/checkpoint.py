@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, fx, nn
 
 from sparsegan.files import write_atomically
-from sparsegan.formats import FIELDS, from_dict
+from sparsegan.formats import FIELDS, from_dict, narrowed
 from sparsegan.graph_file import build_graph, describe_graph
 from sparsegan.layers import SPARSE_TYPES, SparseLayer, SparseProgram
 from sparsegan.ops import BackendError, cuda
@@ -186,17 +186,16 @@ def _describe(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> dict[
     if isinstance(module, fx.GraphModule):
         graph, held = describe_graph(module)
         for key, tensor in held.items():
-            kept = _narrow(tensor) if key.endswith("_cols") else tensor
-            tensors[f"{name}.{key}" if name else key] = kept.detach().cpu().contiguous().clone()
+            tensors[f"{name}.{key}" if name else key] = tensor.detach().cpu().contiguous().clone()
         return graph
+    sparse = module if isinstance(module, SparseLayer) and type(module).__name__ in _SPARSE_BY_NAME else None
     own = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     for key, tensor in own.items():
-        tensors[f"{name}.{key}" if name else key] = tensor.detach().cpu().contiguous().clone()
-    if isinstance(module, SparseLayer) and type(module).__name__ in _SPARSE_BY_NAME:
-        columns = f"{name}.cols" if name else "cols"
-        tensors[columns] = _narrow(tensors[columns])
-        sizes = {"in_channels": module.in_channels, "taps": module.taps}
-        return {"type": type(module).__name__, "settings": module.settings(), **sizes}
+        kept = tensor if sparse is None else narrowed(key, tensor)
+        tensors[f"{name}.{key}" if name else key] = kept.detach().cpu().contiguous().clone()
+    if sparse is not None:
+        sizes = {"in_channels": sparse.in_channels, "taps": sparse.taps}
+        return {"type": type(module).__name__, "settings": sparse.settings(), **sizes}
     if type(module) not in _DENSE:
         raise ValueError(
             f"{where} cannot be saved: a file must load without your code. Save the nn.Sequential inside "
@@ -233,7 +232,6 @@ def _build(spec: Mapping[str, Any], name: str, tensors: dict[str, Tensor], backe
     if kind in _SPARSE_BY_NAME:
         halved = f"{name}.metadata" if name else "metadata"
         weight = {field: take(field) for field in (*FIELDS, *(["metadata"] if halved in tensors else []))}
-        weight["cols"] = weight["cols"].to(torch.int32)
         packed = from_dict(weight, spec["in_channels"], spec["taps"])
         return _SPARSE_BY_NAME[kind](packed, backend=backend, **settings)
     if kind not in _DENSE_BY_NAME:
@@ -266,12 +264,6 @@ def _explanation(fields: Mapping[str, Any]) -> Explanation:
 def _tupled(value: Any) -> Any:
     """JSON has lists where torch.nn has tuples."""
     return tuple(map(_tupled, value)) if isinstance(value, list) else value
-
-
-def _narrow(columns: Tensor) -> Tensor:
-    """Columns in 16 bits where they fit: 32 would be a fifth of a file of int8 blocks of 16 weights."""
-    fits = columns.numel() == 0 or columns.max() <= torch.iinfo(torch.int16).max
-    return columns.to(torch.int16) if fits else columns
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -52,6 +52,8 @@ TWO_FOUR_BLOCKS: dict[torch.dtype, dict[tuple[int, int], float]] = {
 # An int32 accumulator holds this many u8 x s8 products: 255 * 128 * 65536 < 2**31.
 MAX_INT8_PRODUCTS = 65536
 
+MAX_FOUR_BITS = 7  # symmetric, as -127..127 is: without -8
+
 # In the order of csrc/packed.h.
 ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu")
 
@@ -435,11 +437,54 @@ def from_tensors(tensors: Sequence[Tensor], in_channels: int, taps: int) -> Pack
     return replace(_packed(named, in_channels, taps), constants=tuple(rest))
 
 
+def has_four_bits(packed: PackedWeight) -> bool:
+    """Whether these are int8 weights that all lie in -7..7, as `quantize_weight` makes them with 4 bits."""
+    return packed.values.numel() > 0 and _fits_four_bits(packed.values)
+
+
+def narrowed(field: str, tensor: Tensor) -> Tensor:
+    """A tensor of `as_dict` as files hold it; `from_dict` takes both.
+
+    cols in 16 bits where they fit: 32 would be a fifth of a file of int8 blocks of 16 weights. values of int8 that all lie in
+    -7..7 two to a byte, see `pack_nibbles`.
+    """
+    if field == "cols" and (tensor.numel() == 0 or tensor.max() <= torch.iinfo(torch.int16).max):
+        return tensor.to(torch.int16)
+    if field == "values" and _fits_four_bits(tensor) and tensor.shape[-1] % 2 == 0:
+        return pack_nibbles(tensor)
+    return tensor
+
+
+def _fits_four_bits(values: Tensor) -> bool:
+    return values.dtype == torch.int8 and torch.equal(values, values.clamp(-MAX_FOUR_BITS, MAX_FOUR_BITS))
+
+
+def pack_nibbles(integers: Tensor) -> Tensor:
+    """Integers in -7..7, int8 [..., 2k], two to a byte, uint8 [..., k]: the even one in the low 4 bits, in two's complement."""
+    low, high = (integers[..., start::2].view(torch.uint8) & 15 for start in (0, 1))
+    return low | high << 4
+
+
+def unpack_nibbles(nibbles: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`: int8 [..., 2k]. Raises ValueError for a -8, which it never writes."""
+    both = torch.stack([nibbles & 15, nibbles >> 4], -1).flatten(-2)
+    integers = both.to(torch.int8)
+    integers -= (integers > MAX_FOUR_BITS) * 16
+    if bool((integers < -MAX_FOUR_BITS).any()):
+        raise ValueError("packed weight: values of 4 bits must lie in -7..7, got -8")
+    return integers
+
+
 def from_dict(tensors: Mapping[str, Tensor], in_channels: int, taps: int) -> PackedWeight:
-    """The inverse of `as_dict`. Raises ValueError, naming the field, for what a kernel must not be given."""
+    """The inverse of `as_dict`, and of `narrowed`. Raises ValueError, naming the field, for what a kernel must not be given."""
     if not set(FIELDS) <= set(tensors) <= {*FIELDS, "metadata"}:
         came = ", ".join(sorted(tensors)) or "none"
         raise ValueError(f"packed weight: wanted the tensors {', '.join(FIELDS)}, got {came}")
+    cols, values = tensors["cols"], tensors["values"]
+    if cols.dtype == torch.int16:
+        tensors = {**tensors, "cols": cols.to(torch.int32)}
+    if values.dtype == torch.uint8:
+        tensors = {**tensors, "values": unpack_nibbles(values)}
     packed = _packed(tensors, in_channels, taps)
     validate(packed)
     return packed

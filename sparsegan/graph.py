@@ -237,8 +237,8 @@ def lower(
         regions = _regions(operations, levels)
         try:
             programs = {
-                level: _program(nodes, operations, format_of, ranges or {}, residual, captured.packed)
-                for level, nodes in regions.items()
+                place: _program(nodes, operations, format_of, ranges or {}, residual, captured.packed)
+                for place, nodes in regions.items()
             }
             break
         except RefusedError as error:
@@ -388,6 +388,8 @@ def _normalise(module: fx.GraphModule) -> None:
         elif _does_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is _ATEN.embedding.default:
+            node.target, node.args, node.kwargs = lookup, node.args[:2], {}  # the rest is for training
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
@@ -411,6 +413,17 @@ _COPIES = {
     "_to_copy",
 }
 _SAME_IF_SHAPE_IS = {"slice", "expand", "view", "reshape", "_unsafe_view"}
+
+
+def lookup(weight: Tensor, indices: Tensor) -> Tensor:
+    """Rows of weight [K, L], for indices of whole numbers; IndexError for an index that is not from 0 to K - 1."""
+    try:
+        return torch.embedding(weight, indices)
+    except IndexError:  # not looked for before: that would cost two passes over the indices
+        low, high = (int(n) for n in indices.aminmax())
+        raise IndexError(
+            f"labels are whole numbers from 0 to {len(weight) - 1}, got some from {low} to {high}"
+        ) from None
 
 
 def _expected(node: fx.Node) -> Any:
@@ -869,6 +882,9 @@ def _layer(node: fx.Node) -> str:
 
 # ------------------------------------------------------------------ regions
 
+# Of a region: its level and batch size.
+_Place: TypeAlias = tuple[int, str]
+
 
 def _levels(
     graph: fx.Graph, operations: dict[fx.Node, Operation], reasons: dict[fx.Node, str]
@@ -884,7 +900,8 @@ def _levels(
             if operation is not None:
                 for k, name in enumerate(operation.operands):
                     read = by_name[name]
-                    crosses = read not in operations or (k == 1 and isinstance(operation, Modulate))
+                    modulates = k == 1 and isinstance(operation, Modulate)
+                    crosses = read not in operations or modulates or _batch(read) != _batch(node)
                     level = max(level, levels[read] + crosses)
             else:
                 level = max((levels[read] + (read in operations) for read in node.all_input_nodes), default=0)
@@ -927,13 +944,18 @@ def _idle(operations: Mapping[fx.Node, Operation], levels: Mapping[fx.Node, int]
 
 def _regions(
     operations: Mapping[fx.Node, Operation], levels: Mapping[fx.Node, int]
-) -> dict[int, list[fx.Node]]:
-    """The operations of each level, in order."""
+) -> dict[_Place, list[fx.Node]]:
+    """The operations of each level and batch size, in order: a program has one batch size for all that it computes."""
     regions = defaultdict(list)
     for node in levels:
         if node in operations:
-            regions[levels[node]].append(node)
+            regions[levels[node], _batch(node)].append(node)
     return dict(sorted(regions.items()))
+
+
+def _batch(node: fx.Node) -> str:
+    """The batch size of a map, perhaps a formula."""
+    return str(_shape(node)[0])
 
 
 @dataclass(frozen=True)
@@ -973,8 +995,8 @@ def _program(
 def _assembled(
     module: fx.GraphModule,
     levels: Mapping[fx.Node, int],
-    regions: Mapping[int, Sequence[fx.Node]],
-    programs: Mapping[int, _Region],
+    regions: Mapping[_Place, Sequence[fx.Node]],
+    programs: Mapping[_Place, _Region],
     backend: str | None,
 ) -> fx.GraphModule:
     """The graph with a call of a SparseProgram for each region."""
@@ -987,20 +1009,19 @@ def _assembled(
         for node in module.graph.nodes:
             if levels[node] == level and node not in held and node.op != "output":
                 made[node.name] = graph.node_copy(node, lambda read: made[read.name])
-        if level not in programs:
-            continue
-        region = programs[level]
-        name = f"program_{list(programs).index(level)}"
-        root[name] = SparseProgram(region.program, backend)
-        arguments = []
-        for read in region.inputs:
-            argument = made[read]
-            if read in region.vectors and len(_shape(by_name[read])) == 4:
-                argument = graph.call_function(_ATEN.flatten.using_ints, (argument, 1))
-            arguments.append(argument)
-        results = graph.call_module(name, tuple(arguments))
-        for k, node in enumerate(region.outputs):
-            made[node.name] = graph.call_function(operator.getitem, (results, k))
+        for k, (place, region) in enumerate(programs.items()):
+            if place[0] != level:
+                continue
+            root[f"program_{k}"] = SparseProgram(region.program, backend)
+            arguments = []
+            for read in region.inputs:
+                argument = made[read]
+                if read in region.vectors and len(_shape(by_name[read])) == 4:
+                    argument = graph.call_function(_ATEN.flatten.using_ints, (argument, 1))
+                arguments.append(argument)
+            results = graph.call_module(f"program_{k}", tuple(arguments))
+            for i, node in enumerate(region.outputs):
+                made[node.name] = graph.call_function(operator.getitem, (results, i))
     output = next(iter(module.graph.find_nodes(op="output")))
     graph.node_copy(output, lambda read: made[read.name])
     for node in reversed(graph.nodes):

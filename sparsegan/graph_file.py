@@ -20,17 +20,17 @@ from torch import Tensor, fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sparsegan.formats import FIELDS, PackedWeight, from_dict
-from sparsegan.graph import ARITHMETIC, CheckInputs, Expression
+from sparsegan.formats import FIELDS, PackedWeight, from_dict, narrowed
+from sparsegan.graph import ARITHMETIC, CheckInputs, Expression, lookup
 from sparsegan.layers import SparseProgram
 from sparsegan.ops.program import Program, tensors
 
 _NAMES = """
-    abs add addmm amax amin adaptive_avg_pool2d arange avg_pool2d baddbmm batch_norm bitwise_not bmm cat celu chunk
+    abs add addcmul addmm amax amin adaptive_avg_pool2d arange avg_pool2d baddbmm batch_norm bitwise_not bmm cat celu chunk
     clamp clamp_max clamp_min clone concat constant_pad_nd contiguous conv1d conv2d conv_transpose1d
     conv_transpose2d cos cumsum detach div einsum elu eq exp expand expand_as eye flatten floor_divide full
     full_like gather ge gelu group_norm gt hardsigmoid hardswish hardtanh index index_select instance_norm
-    layer_norm le leaky_relu linear linspace log logical_and logical_not logical_or lt masked_fill matmul
+    layer_norm le leaky_relu lerp linear linspace log logical_and logical_not logical_or lt masked_fill matmul
     max_pool2d maximum mean minimum mish mm movedim mul narrow ne neg new_full new_ones new_zeros ones ones_like
     pad permute pixel_shuffle pixel_unshuffle pow prelu rand rand_like randn randn_like reciprocal
     reflection_pad2d relu relu6 remainder repeat repeat_interleave replication_pad2d reshape roll rsqrt rsub
@@ -40,11 +40,11 @@ _NAMES = """
     _upsample_nearest_exact2d _softmax _unsafe_view var view where zeros zeros_like
 """
 _OPERATORS = frozenset(_NAMES.split())
-# What sizes are computed with.
+# What sizes are computed with, and rows of tables looked up.
 _PYTHON: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name)
     for name in ("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg")
-}
+} | {"lookup": lookup}
 _PATH = re.compile(r"(?!__)\w+(\.(?!__)\w+)*", re.ASCII)
 _KINDS_OF_TORCH = (torch.dtype, torch.layout, torch.memory_format)
 
@@ -282,7 +282,8 @@ def _describe_program(name: str, program: Program, held: dict[str, Tensor]) -> A
     for key, tensor in tensors(program).items():
         if id(tensor) not in names:
             names[id(tensor)] = key
-            held[f"{name}.{key}"] = tensor
+            _, _, field = key.partition("_")  # "step3_values"
+            held[f"{name}.{key}"] = narrowed(field, tensor)
 
     def describe(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -309,7 +310,6 @@ def _read(kind: Any, value: Any, take: Callable[[str], Tensor]) -> Any:
         return take(value)
     if kind is PackedWeight:
         weight = {field: take(value[field]) for field in FIELDS}
-        weight["cols"] = weight["cols"].to(torch.int32)
         return from_dict(weight, value["in_channels"], value["taps"])
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)

@@ -78,15 +78,17 @@ def pack_weight(
     order: Sequence[int] | None = None,
     groups: int = 1,
     device: str = "cpu",
+    weight_bits: int = 8,
 ) -> PackedWeight:
     """Pack a dense weight [O, T, C / groups], taps in raster order, quantised first if dtype is torch.int8.
 
     bias: [O] or None. x_scale: int8 only, of the input. order: raster indices of the taps in packed order
-    (`formats.tap_order`), for a transposed convolution. block, groups, device, errors: see `formats.pack`.
+    (`formats.tap_order`), for a transposed convolution. weight_bits: int8 only, see `quantize_weight`. block, groups, device,
+    errors: see `formats.pack`.
     """
     scale = None
     if dtype == torch.int8:
-        view, scale = quantize_weight(view)
+        view, scale = quantize_weight(view, weight_bits)
         scale *= x_scale
     view = view if order is None else view[:, order]
     return _best_packed(view, dtype, block, scale, bias, groups, device)
@@ -179,6 +181,7 @@ class SparseLayer(_Packed):
         dtype: torch.dtype = torch.float32,
         block: Pair | None = None,
         x_range: tuple[float, float] | None = None,
+        weight_bits: int = 8,
         activation: str = "none",
         slope: float = 0.0,
         backend: str | None = None,
@@ -188,10 +191,11 @@ class SparseLayer(_Packed):
         dtype:      torch.float32, torch.bfloat16 or torch.int8, of the weights as they are computed with.
         block:      (BO, BK) of the packed weight; None takes the one with the least work.
         x_range:    (lo, hi) of the values that enter the layer, from `quantize.calibrate`; needed for int8.
+        weight_bits: 8, or 4 with int8: integers in -7..7, which the same kernels take and files hold in half the bytes.
         activation, slope, backend: see the class.
 
         Raises TypeError for a layer of another kind; ValueError for one that `unsupported_reason` names, int8
-        without x_range, and what `formats.pack` refuses.
+        without x_range, weight_bits that are not 8 or 4 or without int8, and what `formats.pack` refuses.
         """
         if not isinstance(layer, cls.DENSE):
             raise TypeError(f"{cls.__name__} replaces {cls.DENSE.__name__}, got {type(layer).__name__}")
@@ -205,6 +209,8 @@ class SparseLayer(_Packed):
             names = ("kernel_size", "stride", "padding", "dilation")
             order = formats.tap_order(*(geometry[name] for name in names))
         x_scale, x_zero = 1.0, 0
+        if dtype != torch.int8 and weight_bits != 8:
+            raise ValueError(f"weight_bits={weight_bits} is for int8 layers, this one is to be {dtype}")
         if dtype == torch.int8:
             if x_range is None:
                 raise ValueError(
@@ -214,7 +220,7 @@ class SparseLayer(_Packed):
         groups = 1 if isinstance(layer, nn.Linear) else layer.groups
         device = layer.weight.device
         return cls(
-            pack_weight(view, layer.bias, dtype, block, x_scale, order, groups, device.type),
+            pack_weight(view, layer.bias, dtype, block, x_scale, order, groups, device.type, weight_bits),
             groups=groups,
             pattern=str(pattern or "dense"),
             x_scale=x_scale,

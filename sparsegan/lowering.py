@@ -37,9 +37,10 @@ from sparsegan.ops.program import (
 )
 from sparsegan.quantize import activation_params
 
-NumberFormat = Literal["int8", "bf16", "f32"]
-DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "f32": torch.float32}
-_SLOTS: dict[NumberFormat, SlotFormat] = {"int8": "u8", "bf16": "bf16", "f32": "f32"}
+# "int4": int8 with weights of 4 bits, in -7..7.
+NumberFormat = Literal["int8", "int4", "bf16", "f32"]
+DTYPES = {"int8": torch.int8, "int4": torch.int8, "bf16": torch.bfloat16, "f32": torch.float32}
+_SLOTS: dict[NumberFormat, SlotFormat] = {"int8": "u8", "int4": "u8", "bf16": "bf16", "f32": "f32"}
 _ALIGNMENT = {"u8": 4, "bf16": 2, "f32": 1}
 _NONE = Act()
 # Packed weights by what they were made from: name, number format, scale of the input, digest of weight and bias.
@@ -656,7 +657,13 @@ class _Layout:
             order = tap_order(*window) if gemm.kind == "conv_transpose2d" else None
             try:
                 self._packed[key] = pack_weight(
-                    gemm.weight, gemm.bias, DTYPES[format], x_scale=x_scale, order=order, groups=gemm.groups
+                    gemm.weight,
+                    gemm.bias,
+                    DTYPES[format],
+                    x_scale=x_scale,
+                    order=order,
+                    groups=gemm.groups,
+                    weight_bits=4 if format == "int4" else 8,
                 )
             except ValueError as error:
                 raise RefusedError(gemm.name, str(error)) from error

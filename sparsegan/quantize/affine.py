@@ -1,42 +1,33 @@
-"""Integer parameters: symmetric int8 weights per output channel, affine u8 activations per tensor.
+"""Integer parameters as the kernels take them: symmetric weights per output channel, affine u8 activations per tensor.
 
 Jacob et al. 2018 (arXiv:1712.05877), section 2.1, with the weights symmetric: without a zero point an absent
 block is exactly zero.
 """
 
-import math
-
-import torch
 from torch import Tensor
 
-# Ranges this narrow are constants up to rounding, and their scale would have no finite float32 reciprocal.
-_DEGENERATE = 1e-30
+from sparsegan.quantize.low_bit import affine_params, symmetric
 
 
-def quantize_weight(view: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight [O, T, C] to int8, each output channel to its own scale: weight ~ integers * scale.
+def quantize_weight(view: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Round a weight [O, T, C] for int8 kernels, each output channel to its own scale: weight ~ integers * scale.
 
-    Returns the integers, int8 [O, T, C] in -127..127, and the scales, float32 [O]: max|weight| / 127, or 1
-    for a channel of zeros. Raises ValueError for NaN or infinite weights.
+    bits: 8 or 4. Returns the integers, int8 [O, T, C] in -127..127 or -7..7, and the scales, float32 [O]; see `symmetric`.
+    Raises ValueError for NaN or infinite weights, and for other bits.
     """
-    if not view.isfinite().all():
-        raise ValueError("cannot quantise a weight that holds NaN or infinite values")
-    view = view.detach().float()
-    scale = view.abs().amax((1, 2)) / 127
-    scale[scale < _DEGENERATE] = 1.0
-    return (view / scale[:, None, None]).round().clamp(-127, 127).to(torch.int8), scale
+    check_weight_bits(bits)
+    return symmetric(view, bits)
+
+
+def check_weight_bits(bits: int) -> None:
+    """Raise ValueError unless bits is 8, or 4: the same kernels, half the bytes in files."""
+    if bits not in (8, 4):
+        raise ValueError(f"weight_bits of int8 layers must be 8 or 4, got {bits!r}")
 
 
 def activation_params(lo: float, hi: float) -> tuple[float, int]:
-    """Scale and zero point of u8 activations in lo..hi: value ~ (q - zero) * scale with q in 0..255.
+    """Scale and zero point of u8 activations in lo..hi: value ~ (q - zero) * scale with q in 0..255; see `affine_params`.
 
-    The range is widened to hold 0, and 0 is exact, because padding and pruned weights are. Values that never
-    change (all zero) get scale 1. Raises ValueError when a bound is not finite or lo > hi.
+    Raises ValueError when a bound is not finite or lo > hi.
     """
-    if not (math.isfinite(lo) and math.isfinite(hi) and lo <= hi):
-        raise ValueError(f"an activation range needs finite bounds lo <= hi, got lo={lo}, hi={hi}")
-    lo, hi = min(lo, 0.0), max(hi, 0.0)
-    scale = (hi - lo) / 255
-    if scale < _DEGENERATE:
-        return 1.0, 0
-    return scale, round(-lo / scale)
+    return affine_params(lo, hi, 8)

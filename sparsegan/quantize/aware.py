@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparsegan.patterns import PRUNABLE_TYPES, from_weight_view, weight_view
-from sparsegan.quantize.affine import activation_params, quantize_weight
+from sparsegan.quantize.affine import activation_params, check_weight_bits, quantize_weight
 
 
 class _RoundedWeight(nn.Module):
@@ -19,29 +19,34 @@ class _RoundedWeight(nn.Module):
     A norm folded into the layer later multiplies weight and scale of an output channel alike, so that the integers stay these.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, bits: int) -> None:
         super().__init__()
         self._layer = [layer]  # in a list: not a child of its own parametrization
+        self._bits = bits
 
     def forward(self, weight: Tensor) -> Tensor:
         layer: Any = self._layer[0]
-        integers, scale = quantize_weight(weight_view(layer, weight))
+        integers, scale = quantize_weight(weight_view(layer, weight), self._bits)
         rounded = from_weight_view(layer, integers * scale[:, None, None])
         return weight + (rounded - weight).detach()
 
 
 @contextmanager
-def quantization_aware(model: nn.Module, ranges: Mapping[str, tuple[float, float]]) -> Iterator[None]:
+def quantization_aware(
+    model: nn.Module, ranges: Mapping[str, tuple[float, float]], weight_bits: int = 8
+) -> Iterator[None]:
     """Within this context the layers of ``model`` compute with int8 weights and u8 inputs, in float; trainable.
 
     ranges: (lo, hi) of what enters a layer, by name of a Linear, Conv2d or ConvTranspose2d; `calibrate` gives them. Other
         layers are left as they are. Inputs beyond the range are cut off, and have no gradient there.
+    weight_bits: 8 or 4, as `SwapConfig.weight_bits` will be.
 
     The arithmetic is that of the kernels (`quantize_weight`, `activation_params`; sums in float32 rather than integers).
     Under `torch.autocast` what was rounded to int8 is rounded to bfloat16 besides, which the kernels do not do.
     Gradients pass rounding unchanged: Jacob et al. 2018 (arXiv:1712.05877), section 3; the straight-through estimator.
-    Raises ValueError for an unknown layer or one of another type.
+    Raises ValueError for an unknown layer or one of another type, and other weight_bits.
     """
+    check_weight_bits(weight_bits)
     known = dict(model.named_modules())
     for name in ranges:
         if not isinstance(known.get(name), PRUNABLE_TYPES):
@@ -49,7 +54,7 @@ def quantization_aware(model: nn.Module, ranges: Mapping[str, tuple[float, float
     hooks = [known[name].register_forward_pre_hook(_rounding(*bounds)) for name, bounds in ranges.items()]
     layers = [known[name] for name in ranges]
     for layer in layers:
-        parametrize.register_parametrization(layer, "weight", _RoundedWeight(layer))
+        parametrize.register_parametrization(layer, "weight", _RoundedWeight(layer, weight_bits))
     try:
         yield
     finally:

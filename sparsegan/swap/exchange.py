@@ -23,7 +23,7 @@ from sparsegan.swap.single import swap_layers
 MODEL_BUDGET = 1.0
 
 # Relative error that rounding cannot explain.
-_TOLERANCE = {"f32": 1e-3, "f16": 0.02, "bf16": 0.1, "int8": 0.5}
+_TOLERANCE = {"f32": 1e-3, "f16": 0.02, "bf16": 0.1, "int8": 0.5, "int4": 1.0}
 
 
 def swap_to_sparse(

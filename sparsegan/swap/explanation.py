@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsegan.formats import density
+from sparsegan.formats import PackedWeight, density, has_four_bits
 from sparsegan.layers import SparseLayer, SparseProgram
 from sparsegan.patterns import (
     PRUNABLE_TYPES,
@@ -29,6 +29,7 @@ class LayerRow:
 
     density: share of the dense layer's multiply-adds that its sparse counterpart executes; of a layer that has
              none, share of the weights that are not zero.
+    dtype:   of the weights; "int4" are int8 weights of 4 bits.
     before_ms, after_ms: medians on the example inputs, of layers that were swapped one by one; None: not timed.
     """
 
@@ -90,12 +91,12 @@ def explain(model: nn.Module) -> Explanation:
     for name, module in model.named_modules():
         if isinstance(module, SparseLayer):
             kind = module.DENSE.__name__
-            dtype = dtype_name(module.dtype)
+            dtype = weight_name(module.packed)
             rows.append(LayerRow(name, kind, True, "it is sparse", module.pattern, module.density, dtype))
         elif isinstance(module, SparseProgram):
             for step in module.program.steps:
                 if step.weight is not None:
-                    dtype, share = dtype_name(step.weight.values.dtype), density(step.weight)
+                    dtype, share = weight_name(step.weight), density(step.weight)
                     why = f"in program {programs}"
                     rows.append(LayerRow(step.name, step.kind, True, why, "-", share, dtype))
             programs += 1
@@ -112,14 +113,14 @@ def kept_row(name: str, layer: PrunableLayer, why: str) -> LayerRow:
 
 
 def sparse_row(
-    name: str, layer: PrunableLayer, why: str, share: float, dtype: torch.dtype, swapped: bool = True
+    name: str, layer: PrunableLayer, why: str, share: float, dtype: str, swapped: bool = True
 ) -> LayerRow:
     """The row of a dense layer that has a sparse counterpart. share, dtype: of that."""
     view = weight_view(layer)
     zeros = detect_pattern(view)
     why += _useless_zeros(view, zeros, share)
     pattern, kind = str(zeros or "dense"), type(layer).__name__
-    return LayerRow(name, kind, swapped, why, pattern, share, dtype_name(dtype if swapped else view.dtype))
+    return LayerRow(name, kind, swapped, why, pattern, share, dtype if swapped else dtype_name(view.dtype))
 
 
 def _useless_zeros(view: Tensor, zeros: Pattern | None, share: float) -> str:
@@ -136,6 +137,10 @@ def _useless_zeros(view: Tensor, zeros: Pattern | None, share: float) -> str:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def weight_name(packed: PackedWeight) -> str:
+    return "int4" if has_four_bits(packed) else dtype_name(packed.values.dtype)
 
 
 def _ms(value: float | None) -> str:

@@ -26,8 +26,10 @@ from sparsegan.lowering import DTYPES, NumberFormat
 from sparsegan.patterns import PRUNABLE_TYPES
 from sparsegan.swap.config import Request
 from sparsegan.swap.dense import Judge, Quality, has_hooks
-from sparsegan.swap.explanation import LayerRow, kept_row, sparse_row
+from sparsegan.swap.explanation import LayerRow, dtype_name, kept_row, sparse_row
 from sparsegan.swap.single import RULE_DENSITY
+
+_INTEGERS = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def swap_programs(
     full = [
         layer.name
         for layer in first.lowered.layers
-        if layer.in_program and layer.format != "int8" and layer.density > RULE_DENSITY
+        if layer.in_program and layer.format not in _INTEGERS and layer.density > RULE_DENSITY
     ]
     some = any(layer.in_program and layer.name not in full for layer in first.lowered.layers)
     if full and some:
@@ -90,16 +92,19 @@ class _Task:
         self._captured, self._request, self._judge = captured, request, judge
         self._inputs: tuple[Any, ...] = request.inputs
         self._ranges: dict[str, tuple[float, float]] = {}
-        if request.dtype == "int8":
+        if request.dtype in _INTEGERS:
             if request.percentile is None:
                 self._ranges = observe(captured, request.batches)
             else:
                 self._ranges = observe(captured, request.batches, "percentile", request.percentile)
 
     def mixed(self, refused: Mapping[str, str]) -> _Mixed:
-        """int8 for as many layers as the wanted PSNR allows; any other format for all."""
+        """int8 for as many layers as the wanted PSNR allows; any other format, weights of 4 bits too, for all."""
         wanted = self._request.min_psnr
         best = self._lowered(refused, [], "u8")
+        if self._request.dtype == "int4" and wanted is not None and best.quality.psnr < wanted:
+            note = f"less than the {wanted:g} dB of min_psnr, as weights of 4 bits were asked for"
+            return replace(best, note=note)
         if self._request.dtype != "int8" or wanted is None or best.quality.psnr >= wanted:
             return best
         best = max(best, self._lowered(refused, [], "bf16"), key=_psnr)
@@ -124,7 +129,7 @@ class _Task:
             assert isinstance(module, PRUNABLE_TYPES)
             if layer.in_program:
                 why = layer.why + mixed.whys.get(layer.name, "")
-                dtype = DTYPES[layer.format]
+                dtype = "int4" if layer.format == "int4" else dtype_name(DTYPES[layer.format])
                 rows.append(sparse_row(layer.name, module, why, layer.density, dtype))
             else:
                 rows.append(kept_row(layer.name, module, layer.why))

@@ -21,7 +21,7 @@ from sparsegan.patterns import PRUNABLE_TYPES, BlockPattern, Pattern, PrunableLa
 from sparsegan.quantize import calibrate
 from sparsegan.swap.config import DTYPES, Request
 from sparsegan.swap.dense import copied, has_hooks, with_submodule
-from sparsegan.swap.explanation import LayerRow, kept_row, sparse_row
+from sparsegan.swap.explanation import LayerRow, kept_row, sparse_row, weight_name
 from sparsegan.swap.race import race
 
 # Seconds that timing a layer may take; one round is always run.
@@ -46,7 +46,7 @@ def swap_layers(
     if request.inputs is not None:
         _refuse_unreached(dense, layers, request.inputs)
     ranges = {}
-    if request.dtype == "int8":
+    if DTYPES[request.dtype] == torch.int8:
         names = [layer.name for layer in layers if layer.open]
         if request.percentile is None:
             ranges = calibrate(dense, request.batches, names)
@@ -91,6 +91,7 @@ class _Layer:
                 dtype=DTYPES[request.dtype],
                 block=_block(request.pattern, device, DTYPES[request.dtype]),
                 x_range=x_range,
+                weight_bits=4 if request.dtype == "int4" else 8,
                 activation=activation.activation if activation else "none",
                 slope=activation.slope if activation else 0.0,
                 backend=request.backend,
@@ -110,7 +111,8 @@ class _Layer:
     def row(self) -> LayerRow:
         if self.sparse is None:
             return kept_row(self.name, self.module, self.why)
-        row = sparse_row(self.name, self.module, self.why, self.sparse.density, self.sparse.dtype, self.swap)
+        dtype = weight_name(self.sparse.packed)
+        row = sparse_row(self.name, self.module, self.why, self.sparse.density, dtype, self.swap)
         return replace(row, before_ms=self.before_ms, after_ms=self.after_ms)
 
     @property
