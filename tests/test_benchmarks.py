@@ -301,14 +301,14 @@ def test_ceilings_are_measured():
 
 def test_the_quality_page_has_a_line_for_each_row_and_a_point_for_each_that_was_compressed():
     facts = {"removed": 0.5, "kid": 12.3, "kid of scaled features": 1.2, "precision": 0.8, "recall": 0.7}
-    facts |= {"psnr": 30.0, "ssim": 0.9, "ms": 0.5, "minutes": 2.0}
+    facts |= {"psnr": 30.0, "ssim": 0.9, "ms": 0.5, "steps": 1600, "minutes": 2.0}
     found = {"dense": facts | {"ms": 4.0, "psnr": 99.0}, "dense int8": facts | {"ms": 1.0}}
     found |= {"blocks 4x4, 50 %": facts, "blocks 4x4, 75 %": facts | {"ms": 0.25, "kid": 50.0}}
     lines = quality.render(found).splitlines()
     assert (
-        "| blocks 4x4, 50 % | 50% | 12 | 1.20 | 0.80 | 0.70 | 30.0 | 0.900 | 0.500 | 8.0 | 2.00 | 2.0 |"
+        "| blocks 4x4, 50 % | 50% | 12 | 1.20 | 0.80 | 0.70 | 30.0 | 0.900 | 0.500 | 8.0 | 2.00 | 1600 | 2.0 |"
         in lines
     )
-    assert "| dense | 50% | 12 | 1.20 | 0.80 | 0.70 | – | 0.900 | 4.000 | 1.0 | 0.25 | 2.0 |" in lines
+    assert "| dense | 50% | 12 | 1.20 | 0.80 | 0.70 | – | 0.900 | 4.000 | 1.0 | 0.25 | 1600 | 2.0 |" in lines
     assert quality.families(found) == {"blocks 4x4": [(8.0, 12.3), (16.0, 50.0)]}
     assert all(row.model in ("eager", "int8", "magnitude", "compress") for row in quality.ROWS.values())

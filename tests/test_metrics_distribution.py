@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsegan.metrics import kid, kid_standard_error
+from sparsegan.metrics import inception_score, kid, kid_standard_error
 
 
 def _draw(n: int, dimensions: int, rng: torch.Generator, scale: float = 1.0) -> Tensor:
@@ -86,3 +86,14 @@ def test_the_standard_error_needs_groups() -> None:
         kid_standard_error(torch.zeros(40, 2), torch.zeros(40, 2), groups=1)
     with pytest.raises(ValueError, match="20 samples or more"):
         kid_standard_error(torch.zeros(19, 2), torch.zeros(40, 2))
+
+
+def test_inception_score_counts_the_classes_that_are_told_apart():
+    assert inception_score(torch.eye(4).repeat(3, 1)) == pytest.approx(4)  # sure of each, all alike often
+    assert inception_score(torch.eye(4)[:1].repeat(9, 1)) == pytest.approx(1)  # one class only
+    assert inception_score(torch.full((9, 4), 0.25)) == pytest.approx(1)  # never sure
+    # By hand: p(y) = (1/2, 1/2); KL of each row (3/4, 1/4) is 3/4 log(3/2) + 1/4 log(1/2).
+    unsure = torch.tensor([[0.75, 0.25], [0.25, 0.75]])
+    assert inception_score(unsure) == pytest.approx(1.5**0.75 * 0.5**0.25)
+    with pytest.raises(ValueError, match="add up to 1"):
+        inception_score(torch.ones(3, 2))

@@ -1,13 +1,28 @@
 """The generator of the first GAN, without convolutions (Goodfellow et al. 2014, arXiv:1406.2661, section 5)."""
 
+import math
+from collections.abc import Sequence
+
 from torch import nn
 
 
-def mlp_generator(latent: int = 100, width: int = 1024, pixels: int = 784) -> nn.Sequential:
-    """Generator from z [N, latent] to flat images [N, pixels] in [-1, 1]: three hidden layers of `width`."""
+def mlp_generator(
+    latent: int = 100,
+    width: int | Sequence[int] = 1024,
+    pixels: int = 784,
+    image_shape: Sequence[int] | None = None,
+) -> nn.Sequential:
+    """Generator from z [N, latent] to images in [-1, 1]; as good as the decoder of a VAE.
+
+    width: of three hidden layers, or of each hidden layer in turn, such as (128, 128). The images are flat,
+    [N, pixels], or with `image_shape`, such as (1, 28, 28), [N, *image_shape], whatever `pixels` is.
+    """
     layers: list[nn.Module] = []
     features = latent
-    for _ in range(3):
-        layers += [nn.Linear(features, width), nn.LeakyReLU(0.2)]
-        features = width
-    return nn.Sequential(*layers, nn.Linear(features, pixels), nn.Tanh())
+    for hidden in (width,) * 3 if isinstance(width, int) else width:
+        layers += [nn.Linear(features, hidden), nn.LeakyReLU(0.2)]
+        features = hidden
+    if image_shape is None:
+        return nn.Sequential(*layers, nn.Linear(features, pixels), nn.Tanh())
+    last = nn.Linear(features, math.prod(image_shape))
+    return nn.Sequential(*layers, last, nn.Tanh(), nn.Unflatten(1, tuple(image_shape)))
