@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench systems lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/sparsegan demo $(ARGS)
@@ -14,6 +14,9 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks $(ARGS)
+
+systems: $(VENV)/installed
+	$(BIN)/python -m benchmarks.systems --write $(ARGS)
 
 # In an environment of its own: the peers want particular versions of each other.
 PEERS := .venv-peers

@@ -1,4 +1,4 @@
-"""The command line: `sparsegan demo | compress | sweep | generate | bench | info`."""
+"""The command line: `sparsegan demo | compress | sweep | train | generate | bench | info`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from typer.core import TyperGroup
 
 from sparsegan import ops, triton_kernels
@@ -29,6 +29,7 @@ from sparsegan.ops.block_conv2d import BACKENDS as CONV2D
 from sparsegan.ops.block_conv_transpose2d import BACKENDS as CONV_TRANSPOSE2D
 from sparsegan.ops.block_linear import BACKENDS as LINEAR
 from sparsegan.ops.program import BACKENDS as PROGRAM
+from sparsegan.parallel import processes, rank
 from sparsegan.patterns import PRUNABLE_TYPES, parse_pattern
 from sparsegan.prune import make_permanent, prune
 from sparsegan.prune.distill import SampleInputs
@@ -48,8 +49,12 @@ from sparsegan.report import (
     model_bytes,
     speed_table,
     sweep_table,
+    system_table,
 )
 from sparsegan.swap import SwapConfig, explain, swap_to_sparse
+from sparsegan.systems import RECIPES, interpolation, run_system
+from sparsegan.systems.recipes import DISTANCES
+from sparsegan.train.losses import LOSSES
 
 _OPS = {
     "block_linear": LINEAR,
@@ -67,7 +72,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):  # RuntimeErrors, but no errors
             raise
-        except (ValueError, TypeError, RuntimeError, OSError) as error:
+        except (ValueError, IndexError, TypeError, RuntimeError, OSError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             print(f"sparsegan: {'; '.join(lines)}", file=sys.stderr)
             raise typer.Exit(1) from None
@@ -264,22 +269,113 @@ def sweep_command(
 
 
 @app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for models, pictures and report.json; by default RECIPE.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of pictures (one for each class), idx files, or npz; by default Fashion-MNIST."
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of training; by default minutes of them.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples a step, of all processes.")] = None,
+    width: Annotated[float, typer.Option(min=0.1, help="Factor of all channels.")] = 1.0,
+    channels: Annotated[int | None, typer.Option(help="Of the images: 1 or 3.")] = None,
+    loss: Annotated[str | None, typer.Option(help=f"Of a GAN: {', '.join(LOSSES)}.")] = None,
+    spectral: Annotated[
+        bool | None, typer.Option(help="Spectral normalisation of the discriminator.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(min=0.0, help="Weight of the KL term of a VAE.")] = None,
+    cell: Annotated[str | None, typer.Option(help="Of the recurrent VAE: gru or lstm.")] = None,
+    distance: Annotated[
+        str | None, typer.Option(help=f"That a student minimises: {', '.join(DISTANCES)}.")
+    ] = None,
+    prune_by: Annotated[
+        str | None, typer.Option("--prune", help="While training: cubic, threshold or rigl.")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Of --prune threshold, of a weight.")] = None,
+    lasso: Annotated[float | None, typer.Option(min=0.0, help="Weight of the group lasso.")] = None,
+    sparsity: _Sparsity = 0.75,
+    pattern: _Pattern = "4x4",
+    compress_steps: Annotated[
+        int, typer.Option(min=0, help="Of the distillation after pruning, where there is one.")
+    ] = 400,
+    seed: _Seed = 0,
+    as_json: _Json = False,
+) -> None:
+    """Train a system on images, make its generator fast, and measure it before and after.
+
+    A run that was killed goes on from its folder. Under `torchrun --nproc-per-node 2 -m sparsegan train RECIPE` two
+    processes do it together.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"no recipe is called {recipe!r}; there are {', '.join(RECIPES)}")
+    given = {
+        "steps": steps,
+        "batch": batch,
+        "channels": channels,
+        "loss": loss,
+        "spectral": spectral,
+        "beta": beta,
+        "cell": cell,
+        "distance": distance,
+        "prune": prune_by,
+        "threshold": threshold,
+        "lasso": lasso,
+    }
+    settings = replace(
+        RECIPES[recipe].settings,
+        width=width,
+        sparsity=sparsity,
+        pattern=parse_pattern(pattern),
+        seed=seed,
+        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+    )
+    with processes():
+        console = _console(as_json or rank() > 0)
+        folder = Path(recipe) if out is None else out
+        with stage_bars(console, recipe) as show:
+            report = run_system(
+                recipe, folder, settings, data=data, compress_steps=compress_steps, progress=show
+            )
+        console.print(system_table(report))
+        for event in report["undone"]:
+            console.print(f"undone: {event}")
+        console.print(f"pictures, models and report.json are in {folder}")
+        if as_json and rank() == 0:
+            _print_json(report)
+
+
+@app.command()
 def generate(
     file: Annotated[Path, typer.Argument(help="A model saved by `sparsegan compress` or `sparsegan.save`.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("generated.png"),
     count: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
+    label: Annotated[int, typer.Option(min=0, help="The class to draw, for a model that is told one.")] = 0,
+    interpolate: Annotated[
+        int | None, typer.Option(min=2, help="Show ways from one latent to another, in so many steps.")
+    ] = None,
     seed: _Seed = 0,
     as_json: _Json = False,
 ) -> None:
-    """Draw random latents, run a saved model and write its images as one PNG."""
+    """Draw random latents, run a saved model and write its images as one PNG.
+
+    With --interpolate there is a row for each of --count ways.
+    """
     _check_folder(out)
     model = load(file)
-    (latents,) = _latents(model)(count, torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        images = image_of(model(latents))
-    columns = math.ceil(math.sqrt(count))
+    inputs = _latents(model, label)
+    if interpolate is None:
+        with torch.no_grad():
+            images = image_of(model(*inputs(count, torch.Generator().manual_seed(seed))))
+        columns = math.ceil(math.sqrt(count))
+    else:
+        images, columns = interpolation(model, inputs, count, interpolate, seed), interpolate
     image_grid([("", images)], columns, scale=max(1, 64 // images.shape[-1])).save(out)
-    _console(as_json).print(f"wrote {count} images of {images.shape[-1]}x{images.shape[-2]} to {out}")
+    _console(as_json).print(f"wrote {len(images)} images of {images.shape[-1]}x{images.shape[-2]} to {out}")
     if as_json:
         _print_json({"file": str(out), "images": list(images.shape), "seed": seed})
 
@@ -399,25 +495,28 @@ def _contenders(name: str, sparsity: float, pattern: str) -> tuple[nn.Module, nn
     return dense_counterpart(sparse), sparse, _latents(sparse)
 
 
-def _latents(model: nn.Module) -> Callable[[int, torch.Generator], tuple[Tensor]]:
-    """Draws normal latents as the model takes them: [N, C], or [N, C, 1, 1] for a convolution."""
-    shape = _captured_shape(model) or _first_layer_shape(model)
-    return lambda n, generator: (torch.randn(n, *shape, generator=generator),)
+def _latents(model: nn.Module, label: int = 0) -> SampleInputs:
+    """Draws normal latents as the model takes them: [N, C], or [N, C, 1, 1] for a convolution; and ``label``, if it takes one."""
+    shapes = _captured_shapes(model) or [_first_layer_shape(model)]
+    return lambda n, generator: tuple(
+        torch.randn(n, *shape, generator=generator) if shape else torch.full((n,), label) for shape in shapes
+    )
 
 
-def _captured_shape(model: nn.Module) -> tuple[int, ...] | None:
-    """The shape of one input of a model that is a graph; None for another."""
+def _captured_shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    """The shape of one sample of each input of a model that is a graph, () for a label; none for another model."""
     check = next((module for module in model.modules() if isinstance(module, CheckInputs)), None)
     if check is None:
-        return None
-    if len(check.wanted) != 1 or not isinstance(check.wanted[0], tuple):
-        raise ValueError(f"the model takes {len(check.wanted)} inputs, not latents alone")
-    shape = check.wanted[0][1:]
-    if any(isinstance(size, str) for size in shape):
-        raise ValueError(
-            f"the model takes images of any size, [N, {', '.join(map(str, shape))}], not latents"
-        )
-    return shape
+        return []
+    if not all(isinstance(wanted, tuple) for wanted in check.wanted):
+        raise ValueError("the model takes other inputs than latents and labels")
+    shapes = [wanted[1:] for wanted in check.wanted]
+    for shape in shapes:
+        if any(isinstance(size, str) for size in shape):
+            raise ValueError(
+                f"the model takes images of any size, [N, {', '.join(map(str, shape))}], not latents"
+            )
+    return shapes
 
 
 def _first_layer_shape(model: nn.Module) -> tuple[int, ...]:

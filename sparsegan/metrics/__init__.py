@@ -1,7 +1,7 @@
 """How good are images: against a reference (psnr, ssim, lpips) and as a set against another (kid, precision_recall ...)."""
 
 from sparsegan.metrics.backbones import Backbone, load_backbone
-from sparsegan.metrics.distribution import kid, kid_standard_error
+from sparsegan.metrics.distribution import inception_score, kid, kid_standard_error
 from sparsegan.metrics.features import extractors, features, load_extractor
 from sparsegan.metrics.neighbours import density_coverage, precision_recall
 from sparsegan.metrics.pairs import psnr, ssim
@@ -15,6 +15,7 @@ __all__ = [
     "density_coverage",
     "extractors",
     "features",
+    "inception_score",
     "kid",
     "kid_standard_error",
     "load_backbone",

@@ -53,3 +53,15 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
     """[N, M], with 0 for a sample and itself."""
     values = torch.mm(x, y.T).div_(x.shape[1]).add_(1).pow_(3)
     return values.fill_diagonal_(0) if x is y else values
+
+
+def inception_score(probabilities: Tensor) -> float:
+    """exp(E KL(p(y|x) || p(y))) of what a classifier says of images, [N, classes], rows that add up to 1: from 1 to classes.
+
+    Salimans et al. 2016, arXiv:1606.03498, section 4, over all samples at once. It is the paper's score when the classifier is
+    Inception; figures of other classifiers can be compared among themselves only. Raises ValueError for other shapes and sums.
+    """
+    p = probabilities.double()
+    if p.dim() != 2 or len(p) == 0 or not torch.allclose(p.sum(1), torch.ones(len(p)).double(), atol=1e-4):
+        raise ValueError(f"probabilities should be [N, classes] whose rows add up to 1, got {list(p.shape)}")
+    return (torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))).sum(1).mean().exp().item()

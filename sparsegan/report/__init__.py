@@ -3,6 +3,7 @@
 from sparsegan.report.chart import draw_quality
 from sparsegan.report.dense import dense_counterpart
 from sparsegan.report.errors import ErrorSplit, error_split
+from sparsegan.report.formats import SCHEMES, FormatResult, compare_formats
 from sparsegan.report.grid import image_grid
 from sparsegan.report.machine import machine_facts
 from sparsegan.report.results import (
@@ -18,15 +19,18 @@ from sparsegan.report.results import (
     model_bytes,
     with_reference_backend,
 )
-from sparsegan.report.tables import layer_table, model_table, speed_table, sweep_table
+from sparsegan.report.tables import layer_table, model_table, speed_table, sweep_table, system_table
 
 __all__ = [
+    "SCHEMES",
     "ErrorSplit",
+    "FormatResult",
     "LayerResult",
     "ModelResult",
     "Speed",
     "WrongKernelError",
     "check_kernels",
+    "compare_formats",
     "dense_counterpart",
     "draw_quality",
     "error_split",
@@ -41,5 +45,6 @@ __all__ = [
     "model_table",
     "speed_table",
     "sweep_table",
+    "system_table",
     "with_reference_backend",
 ]

@@ -113,3 +113,36 @@ def _short(number: float, digits: int = 3) -> str:
 
 def _kilobytes(count: int) -> str:
     return f"{count / 1000:.0f}"
+
+
+def system_table(report: dict[str, Any]) -> Table:
+    """What `systems.run_system` returned: before and after in two lines."""
+    table = _table(report["recipe"], ("model",), ("kB", "ms\nbatch 1", "ms\nbatch 16", *_JUDGED))
+    speeds = report.get("speeds", [])
+    for state, size, time in (
+        ("before", "dense_bytes", "dense_ms"),
+        ("after", "file_bytes", "sparse_ms"),
+    ):
+        times = [f"{speed[time]:.3g}" for speed in speeds] or ["–", "–"]
+        judged = [report[state].get(name) for name in _JUDGED.values()]
+        table.add_row(
+            state,
+            _kilobytes(report[size]) if size in report else "–",
+            *times,
+            *("–" if value is None else f"{value:.3g}" for value in judged),
+        )
+    minutes = (
+        f"{report['train_minutes']:.1f} minutes of training, {report['compress_minutes']:.1f} of compression"
+    )
+    table.caption = f"{report['removed']:.0%} of the operations removed; {minutes}"
+    return table
+
+
+_JUDGED = {
+    "KID\nx1000": "kid",
+    "preci-\nsion": "precision",
+    "recall": "recall",
+    "IS": "inception_score",
+    "PSNR\ndB": "psnr",
+    "SSIM": "ssim",
+}
