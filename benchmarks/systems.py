@@ -196,7 +196,7 @@ to the image wanted, of the student to its teacher. Times are ratios to torch ea
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write docs/systems.md and its pictures")
-    parser.add_argument("--rows", nargs="*", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
+    parser.add_argument("--rows", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
     options = parser.parse_args(arguments)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     reports = {name: made(name, RESULTS / name) for name in options.rows}

@@ -72,7 +72,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):  # RuntimeErrors, but no errors
             raise
-        except (ValueError, IndexError, TypeError, RuntimeError, OSError) as error:
+        except (ValueError, IndexError, TypeError, RuntimeError, ArithmeticError, OSError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             print(f"sparsegan: {'; '.join(lines)}", file=sys.stderr)
             raise typer.Exit(1) from None
@@ -334,12 +334,18 @@ def train(
         seed=seed,
         **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
     )
-    with processes():
-        console = _console(as_json or rank() > 0)
+    with processes() as device:
+        console = Console(stderr=as_json, quiet=rank() > 0)
         folder = Path(recipe) if out is None else out
         with stage_bars(console, recipe) as show:
             report = run_system(
-                recipe, folder, settings, data=data, compress_steps=compress_steps, progress=show
+                recipe,
+                folder,
+                settings,
+                data=data,
+                compress_steps=compress_steps,
+                device=device,
+                progress=show,
             )
         console.print(system_table(report))
         for event in report["undone"]:
@@ -516,6 +522,8 @@ def _captured_shapes(model: nn.Module) -> list[tuple[int, ...]]:
             raise ValueError(
                 f"the model takes images of any size, [N, {', '.join(map(str, shape))}], not latents"
             )
+        if len(shape) == 3 and max(shape[1:]) > 1:
+            raise ValueError(f"the model changes images [N, {', '.join(map(str, shape))}], it draws none")
     return shapes
 
 

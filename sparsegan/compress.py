@@ -195,7 +195,7 @@ def compress(
     folder:        where the state of the work is kept: a run that was killed goes on from there, losing less than a minute.
     progress:      called as each stage begins and after each step of it.
 
-    Started by `torchrun`, the processes share the distillation; the first one writes files.
+    Started by `torchrun`, the processes share the distillation; the first one swaps, measures and writes files.
 
     Raises ValueError for a model in training mode, inputs that the model does not take, arguments that make no sense and a budget
     that cannot be met, and what `prune`, `prune_channels`, `recover` and `swap_to_sparse` raise.
@@ -228,8 +228,8 @@ def compress(
     else:
         plan, report = job.kept_plan(method, sparsity, speedup)
         pruned, history = job.train(plan, steps)
-    swapped = job.swapped(pruned)
-    report |= job.measured(pruned, swapped)
+    swapped, measured = parallel.from_first(lambda: job.measured(pruned, job.swapped(pruned)))
+    report |= measured
     result = Compressed(swapped, pruned, plan, settings, report, history, time.perf_counter() - start)
     if folder is not None and parallel.rank() == 0:
         result.save(folder)
@@ -705,7 +705,7 @@ class _Job:
             )
         return *good, {"KID x1000 by sparsity": measured}
 
-    def measured(self, pruned: nn.Module, swapped: nn.Module) -> dict[str, Any]:
+    def measured(self, pruned: nn.Module, swapped: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         inputs = self.drawn(256, _EVALUATION)
         one = self.drawn(1)
         left = {
@@ -714,7 +714,7 @@ class _Job:
         kept = sum(macs * left[name] for name, macs in count_macs(pruned, one).items())
         with torch.no_grad():
             dense, f32, int8 = (image_of(m(*inputs)) for m in (self.teacher, pruned, swapped))
-        return {
+        return swapped, {
             "removed": 1 - kept / sum(count_macs(self.teacher, one).values()),
             "psnr": mean_psnr(int8, dense),
             "psnr of pruning": mean_psnr(f32, dense),

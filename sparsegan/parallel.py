@@ -8,15 +8,18 @@ here. With one process everything here does nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 def world() -> int:
@@ -33,7 +36,7 @@ def rank() -> int:
 def processes() -> Iterator[torch.device]:
     """Join the processes that `torchrun` has started, if it has; gives the device of this one.
 
-    NCCL where CUDA devices are, gloo on CPUs. A process that waits ten minutes for another gives up.
+    NCCL for tensors on CUDA devices, gloo for those on the CPU. A process that waits ten minutes for another gives up.
     """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else 0)
     device = device if torch.cuda.is_available() else torch.device("cpu")
@@ -42,7 +45,8 @@ def processes() -> Iterator[torch.device]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
     try:
         yield device
     finally:
@@ -82,12 +86,45 @@ def mean(x: Tensor) -> Tensor:
     return x + (total / world() - x).detach()
 
 
+def from_first(make: Callable[[], T]) -> T:
+    """What ``make`` gives in the first process, in all of them (pickled on its way).
+
+    The others wait, so that times that are measured are right, and what is decided by them is the same for all.
+    """
+    if world() == 1:
+        return make()
+    made = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    return cast(T, made[0])
+
+
 def wrapped(module: nn.Module) -> nn.Module:
     """``module`` whose gradients are averaged over the processes; with one process ``module`` itself."""
     if world() == 1:
         return module
-    # Buffers are equal in all processes without being sent: norms below, and all else depends on weights alone.
-    return DistributedDataParallel(module, broadcast_buffers=False)
+    # Buffers are equal in all processes without being sent: norms below, and all else depends on weights alone. What is to
+    # replace this argument is not in older releases of torch.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient)
+
+
+def _sum(x: Tensor) -> Tensor:
+    return cast(Tensor, _Sum.apply(x))
 
 
 class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -101,8 +138,11 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         over = [0, *range(2, x.dim())]
         count = x.numel() // x.shape[1] * world()
-        sums = all_reduce(torch.stack([x.sum(over), x.square().sum(over)])) / count
-        average, variance = sums[0], sums[1] - sums[0].square()
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        # One after the other: a difference of two large sums could leave a variance below zero.
+        average = _sum(x.sum(over)) / count
+        centred = x - average.view(shape)
+        variance = _sum(centred.square().sum(over)) / count
         if self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 assert self.num_batches_tracked is not None
@@ -111,8 +151,7 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_mean.lerp_(average, step)
                 self.running_var.lerp_(variance * (count / max(count - 1, 1)), step)
         # In the form of the built-in one, so that it takes what autocast gives it.
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        y = (x - average.view(shape)) * (variance + self.eps).rsqrt().view(shape)
+        y = centred * (variance + self.eps).rsqrt().view(shape)
         if self.weight is not None:
             y = y * self.weight.view(shape) + self.bias.view(shape)
         return y

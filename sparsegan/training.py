@@ -23,12 +23,13 @@ _FORMAT = "sparsegan training 1"
 
 
 class TrainingState:
-    """The modules, optimisers and random numbers of a training, its losses so far, and a factor of its learning rates.
+    """The modules, optimisers and random numbers of a training, what came of it so far, and a factor of its learning rates.
 
     modules:    whose state is kept, by a name for each. optimisers: of any number of them.
     settings:   what makes another run of it, with the weights at the start: anything with a `repr`.
     generator:  of the random numbers that the training draws.
     step, rate, history: steps done; a factor that is halved when training goes astray; the loss of each step.
+    events, seconds: what went wrong and was undone; the time it took, of all processes that one after the other went on with it.
     """
 
     def __init__(
@@ -42,8 +43,14 @@ class TrainingState:
         self.settings = settings
         self.step, self.rate = 0, 1.0
         self.history: list[float] = []
+        self.events: list[str] = []
+        self._earlier, self._start = 0.0, time.monotonic()
         self._fingerprint: str | None = None
         self._saved = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self._earlier + time.monotonic() - self._start
 
     def keep(self) -> None:
         """Take this as the last good state, in memory."""
@@ -78,6 +85,7 @@ class TrainingState:
                 tensors |= {f"optimiser.{i}.{j}.{name}": value for name, value in moments.items()}
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         facts = {"step": self.step, "rate": self.rate, "history": self.history}
+        facts |= {"events": self.events, "seconds": self.seconds}
         metadata = {"format": _FORMAT, "run": self._run(), "facts": json.dumps(facts)}
         write_atomically(path, save_tensors(tensors, metadata))
         self._saved = time.monotonic()
@@ -98,12 +106,13 @@ class TrainingState:
             raise ValueError(f"{path} is damaged ({error}): delete it to start anew") from error
         if metadata.get("format") != _FORMAT or metadata.get("run") != run:
             raise ValueError(
-                f"{path} belongs to another run (other weights or settings): delete it, or name another folder"
+                f"{path} belongs to another run (other weights, settings or images): delete it, or name another folder"
             )
         try:
             facts = json.loads(metadata["facts"])
             self.step, self.rate = int(facts["step"]), float(facts["rate"])
             self.history = [float(value) for value in facts["history"]]
+            self.events, self._earlier = [str(event) for event in facts["events"]], float(facts["seconds"])
             with torch.no_grad():
                 for key, module in self.modules.items():
                     module.load_state_dict(_under(f"module.{key}.", tensors))
@@ -122,12 +131,17 @@ class TrainingState:
     def _run(self) -> str:
         """Which run this is: its settings, and the weights that it starts with; so first asked for before they change."""
         if self._fingerprint is None:
-            digest = hashlib.sha256(repr(self.settings).encode())
-            for module in self.modules.values():
-                for value in module.state_dict().values():
-                    digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-            self._fingerprint = digest.hexdigest()
+            tensors = [value for module in self.modules.values() for value in module.state_dict().values()]
+            self._fingerprint = fingerprint(self.settings, *tensors)
         return self._fingerprint
+
+
+def fingerprint(settings: object, *tensors: Tensor) -> str:
+    """SHA-256 of the `repr` of ``settings`` and of the bytes of ``tensors``, in hexadecimal."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for tensor in tensors:
+        digest.update(memoryview(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

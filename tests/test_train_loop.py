@@ -238,6 +238,13 @@ def test_a_collapse_is_detected_reported_and_rolled_back(monkeypatch: pytest.Mon
     assert rates[10] == pytest.approx(0.5 * 2e-3 * min(1, 2 * (1 - 10 / 12)))
 
 
+def test_a_generator_that_begins_with_one_image_has_not_collapsed():
+    task = small_gan()
+    with torch.no_grad():
+        task.generator[-2].weight.mul_(1e-3)
+    assert run(task, 60, seed=0).events == []
+
+
 def test_images_that_do_not_differ_are_no_collapse():
     task = small_gan(value=0.5)
     assert run(task, 60, seed=0).events == []

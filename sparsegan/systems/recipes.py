@@ -5,6 +5,7 @@ All sizes are those of a small end that two cores reach in minutes; `Settings` s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -43,6 +44,7 @@ from sparsegan.train.gan import Gan, latents, latents_and_labels, pairs
 from sparsegan.train.loop import After, Progress, Task, Trained, at_rest, run
 from sparsegan.train.tasks import TASKS
 from sparsegan.train.vae import Vae
+from sparsegan.training import fingerprint
 
 DISTANCES: dict[str, Callable[[], Loss]] = {
     "l1": lambda: l1,
@@ -84,13 +86,15 @@ class Settings:
 @dataclass
 class System:
     """train:    trains, from a state file if there is one.
-    finish:   the generator that is served, at rest, its zeros plain.
+    generator: what is trained, its zeros held by masks if it has any.
+    finish:   what is served of it, at rest, its zeros plain.
     inputs:   draws its inputs: latents, with labels, or images to be changed.
     examples: after training, inputs that belong to held-out images, and these: what is reconstructed or translated.
     sparse:   whether zeros came while training. latent: whether inputs are latents, so that images are drawn rather than changed.
     """
 
     train: Callable[[Path | None, Progress | None], Trained]
+    generator: nn.Module
     finish: Callable[[], nn.Module]
     inputs: SampleInputs
     examples: Callable[[], tuple[Inputs, Tensor]] | None = None
@@ -115,20 +119,21 @@ def _scaled(settings: Settings, *widths: int) -> list[int]:
     return [max(8, round(width * settings.width / 8) * 8) for width in widths]
 
 
-def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+def _seeded(build: Callable[[], nn.Module], seed: int, like: Tensor) -> nn.Module:
+    """A module with weights from ``seed``, on the device of ``like``."""
     with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
         torch.manual_seed(seed)
-        return build()
+        return build().to(like.device)
 
 
 def _trainer(
-    task: Task, settings: Settings, after: Sequence[After] = ()
+    task: Task, settings: Settings, images: Images, after: Sequence[After] = ()
 ) -> Callable[[Path | None, Progress | None], Trained]:
     return lambda state, progress: run(
         task,
         settings.steps,
         seed=settings.seed,
-        settings=settings,
+        settings=(settings, fingerprint((), images.images)),
         after=after,
         state=state,
         progress=progress,
@@ -169,15 +174,16 @@ def _latent_gan(
         )
 
     task = Gan(
-        _seeded(generator, settings.seed),
-        _seeded(discriminator, settings.seed + 1),
+        _seeded(generator, settings.seed, images.images),
+        _seeded(discriminator, settings.seed + 1, images.images),
         latents(images.images, (latent,), settings.batch),
         loss=settings.loss,
         regulariser=regulariser,
         sparsify=sparsify if sparse else None,
     )
     return System(
-        _trainer(task, settings, task.after),
+        _trainer(task, settings, images, task.after),
+        task.generator,
         lambda: make_permanent(task.finished(settings.seed)),
         lambda n, rng: (torch.randn(n, latent, generator=rng),),
         sparse=sparse,
@@ -226,8 +232,8 @@ def _conditional_gan(images: Images, held: Images, settings: Settings) -> System
         classes=classes,
     )
     task = Gan(
-        _seeded(generator, settings.seed),
-        _seeded(discriminator, settings.seed + 1),
+        _seeded(generator, settings.seed, images.images),
+        _seeded(discriminator, settings.seed + 1, images.images),
         latents_and_labels(images.images, labels, latent, settings.batch),
         loss=settings.loss,
     )
@@ -235,7 +241,9 @@ def _conditional_gan(images: Images, held: Images, settings: Settings) -> System
     def inputs(n: int, rng: torch.Generator) -> Inputs:
         return torch.randn(n, latent, generator=rng), torch.randint(classes, (n,), generator=rng)
 
-    return System(_trainer(task, settings), lambda: task.finished(settings.seed), inputs)
+    return System(
+        _trainer(task, settings, images), task.generator, lambda: task.finished(settings.seed), inputs
+    )
 
 
 # ------------------------------------------------------------------ auto-encoders
@@ -249,11 +257,12 @@ def _vae(
     held: Images,
     settings: Settings,
 ) -> System:
-    model = cast(VAE, _seeded(lambda: VAE(encoder(), decoder(), latent), settings.seed))
+    build = partial(_seeded, lambda: VAE(encoder(), decoder(), latent), settings.seed)
+    model = cast(VAE, build(images.images))
     task = Vae(model, images.images, batch=settings.batch, beta=settings.beta)
 
     def finish() -> nn.Module:
-        at_rest(model)
+        at_rest(model.cpu())
         return model.decoder
 
     def examples() -> tuple[Inputs, Tensor]:
@@ -261,7 +270,8 @@ def _vae(
             return (model.encode(held.images)[0],), held.images
 
     return System(
-        _trainer(task, settings),
+        _trainer(task, settings, images),
+        model.decoder,
         finish,
         lambda n, rng: (torch.randn(n, latent, generator=rng),),
         examples,
@@ -304,9 +314,11 @@ def _translation(
     change = TASKS[kind]
     given, wanted = change(images.images), images.images
     task = Gan(
-        _seeded(generator(settings), settings.seed),
+        _seeded(generator(settings), settings.seed, given),
         _seeded(
-            lambda: _PairDiscriminator(2 * settings.channels, _scaled(settings, 32)[0]), settings.seed + 1
+            lambda: _PairDiscriminator(2 * settings.channels, _scaled(settings, 32)[0]),
+            settings.seed + 1,
+            given,
         ),
         pairs(given, wanted, settings.batch),
         loss="lsgan",
@@ -315,10 +327,11 @@ def _translation(
     )
 
     def inputs(n: int, rng: torch.Generator) -> Inputs:
-        return (given[torch.randint(len(given), (n,), generator=rng)],)
+        return (given[torch.randint(len(given), (n,), generator=rng)].cpu(),)
 
     return System(
-        _trainer(task, settings),
+        _trainer(task, settings, images),
+        task.generator,
         lambda: task.finished(settings.seed),
         inputs,
         lambda: ((change(held.images),), held.images),
@@ -353,7 +366,8 @@ def _student(images: Images, held: Images, settings: Settings) -> System:
     """Half of the channels and one layer less than the shipped DCGAN, which teaches it on random latents alone."""
     teacher = load_model("dcgan")
     stem, *widths = _scaled(settings, 128, 64, 64)
-    body = _seeded(partial(stem_generator, teacher.latent_shape[0], stem, 32, widths), settings.seed)
+    build = partial(stem_generator, teacher.latent_shape[0], stem, 32, widths)
+    body = _seeded(build, settings.seed, held.images)
     student = nn.Sequential(nn.Flatten(), *cast(nn.Sequential, body))
     if settings.distance not in DISTANCES:
         raise ValueError(f"no distance is called {settings.distance!r}; there are {', '.join(DISTANCES)}")
@@ -364,6 +378,7 @@ def _student(images: Images, held: Images, settings: Settings) -> System:
         phases = [Phase(0.5, l1_plus_l2, settings.batch), Phase(0.5, loss, settings.batch)]
 
     def train(state: Path | None, progress: Progress | None) -> Trained:
+        start = time.monotonic()
         history = recover(
             student,
             teacher.model,
@@ -375,7 +390,7 @@ def _student(images: Images, held: Images, settings: Settings) -> System:
             progress=progress,
             state=state,
         )
-        return Trained(history, torch.Generator())
+        return Trained(history, torch.Generator(), seconds=time.monotonic() - start)
 
     def finish() -> nn.Module:
         at_rest(student)
@@ -386,7 +401,7 @@ def _student(images: Images, held: Images, settings: Settings) -> System:
         with torch.no_grad():
             return z, teacher.model(*z)
 
-    return System(train, finish, teacher.sample_inputs, examples)
+    return System(train, student, finish, teacher.sample_inputs, examples)
 
 
 _BASE = Settings(steps=2000)

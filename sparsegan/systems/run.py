@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -28,13 +29,14 @@ from sparsegan.metrics import (
     ssim,
 )
 from sparsegan.metrics.backbones import ClothingClassifier
-from sparsegan.prune import sparsity_report
+from sparsegan.prune import prune, sparsity_report
 from sparsegan.prune.distill import SampleInputs
 from sparsegan.prune.trace import image_of
 from sparsegan.report import check_kernels, finite, image_grid, mean_psnr, measure_speed, model_bytes
 from sparsegan.swap import SwapConfig, swap_to_sparse
 from sparsegan.systems.recipes import RECIPES, Settings, System
 from sparsegan.train.data import Images, load_images
+from sparsegan.training import fingerprint
 
 Stage: TypeAlias = Callable[[str, int, int], None]
 """``(stage, steps done, steps in all)``, the stage being "train" or one of `compress`"""
@@ -43,6 +45,8 @@ _HELD_OUT, _SAMPLES, _SHOWN, _BETWEEN, _TIMED_SECONDS = 2000, 2000, 16, 8, 2.0
 # Far from the seeds of training: these latents are new to the model.
 _EVALUATION = 2**35
 _CALIBRATION = 64
+# Fewer images say nothing about the distribution that they are from.
+_FEWEST = 10
 
 
 def run_system(
@@ -52,6 +56,7 @@ def run_system(
     *,
     data: Path | None = None,
     compress_steps: int = 400,
+    device: torch.device | str = "cpu",
     progress: Stage | None = None,
 ) -> dict[str, Any]:
     """Train the recipe called ``name``, make it fast, and measure it before and after.
@@ -59,6 +64,7 @@ def run_system(
     data:           a folder of pictures, idx files or an npz file, see `load_images`; None takes Fashion-MNIST where it is
                     installed.
     compress_steps: of the distillation that follows pruning; a recipe that prunes while it trains has none.
+    device:         that trains from images; all else, distillation too, is done on the CPU, which the fast model is for.
     out:            gets `model.safetensors` (the fast model, for `sparsegan generate` and `load`), `dense.safetensors`,
                     `samples.png`, `interpolation.png` for latents, `report.json`, and what is needed to go on after a kill.
 
@@ -73,25 +79,23 @@ def run_system(
     settings = recipe.settings if settings is None else settings
     images, held = split(load_images(data, recipe.side, settings.channels), settings.seed)
     out.mkdir(parents=True, exist_ok=True)
-    system = recipe.build(images, held, settings)
+    system = recipe.build(_on(images, device), held, settings)
+    if not system.sparse:  # what cannot be pruned is known before it is trained
+        trial = copy.deepcopy(system.generator).cpu()
+        prune(trial, settings.pattern, settings.sparsity, "l2", example_inputs=_inputs(system, 1))
 
-    start = time.perf_counter()
     trained = system.train(out / "training.safetensors", _shown(progress, settings.steps))
-    train_seconds = time.perf_counter() - start
-    dense = system.finish()
-    start = time.perf_counter()
+    dense = system.finish().cpu()
     fast = _made_fast(system, dense, settings, out, compress_steps, progress)
-    compress_seconds = time.perf_counter() - start
 
     left = sparsity_report(fast.pruned, _inputs(system, 1))
     report: dict[str, Any] = {
         "recipe": name,
         "what": recipe.what,
         "data": images.name,
-        "settings": {key: str(value) for key, value in asdict(settings).items()}
-        | {"pattern": str(settings.pattern)},
-        "train_minutes": train_seconds / 60,
-        "compress_minutes": compress_seconds / 60,
+        "settings": asdict(settings) | {"pattern": str(settings.pattern)},
+        "train_minutes": trained.seconds / 60,
+        "compress_minutes": fast.seconds / 60,
         "first_loss": trained.history[0],
         "last_loss": sum(trained.history[-20:]) / len(trained.history[-20:]),
         "undone": trained.events,
@@ -123,19 +127,27 @@ def split(images: Images, seed: int) -> tuple[Images, Images]:
     return part(order[held:]), part(order[:held])
 
 
+def _on(images: Images, device: torch.device | str) -> Images:
+    labels = None if images.labels is None else images.labels.to(device)
+    return replace(images, images=images.images.to(device), labels=labels)
+
+
 class _Fast(NamedTuple):
-    """pruned: dense float32 with plain zeros. swapped: what is served."""
+    """pruned: dense float32 with plain zeros. swapped: what is served. seconds: that it took."""
 
     pruned: nn.Module
     swapped: nn.Module
+    seconds: float
 
 
 def _made_fast(
     system: System, dense: nn.Module, settings: Settings, out: Path, steps: int, progress: Stage | None
 ) -> _Fast:
     if system.sparse:
-        batches = [_inputs(system, _CALIBRATION, settings.seed + i) for i in range(4)]
-        return _Fast(dense, swap_to_sparse(dense, SwapConfig(calibration=batches), _inputs(system, 1)))
+        start = time.perf_counter()
+        config = SwapConfig(calibration=[_inputs(system, _CALIBRATION, settings.seed + i) for i in range(4)])
+        swapped = parallel.from_first(lambda: swap_to_sparse(dense, config, _inputs(system, 1)))
+        return _Fast(dense, swapped, time.perf_counter() - start)
     compressed = compress(
         dense,
         system.inputs,
@@ -145,10 +157,11 @@ def _made_fast(
         perceptual=None,
         steps=steps,
         seed=settings.seed,
-        folder=out / "compressed",
+        # What is kept of the work on one dense model is no part of that on another.
+        folder=out / f"compressed-{fingerprint((), *dense.state_dict().values())[:8]}",
         progress=progress,
     )
-    return _Fast(compressed.pruned, compressed.model)
+    return _Fast(compressed.pruned, compressed.model, compressed.seconds)
 
 
 def _inputs(system: System, n: int, seed: int = _EVALUATION) -> tuple[Any, ...]:
@@ -166,7 +179,7 @@ def judge(system: System, model: nn.Module, held: Images) -> dict[str, float]:
     """How good the images of ``model`` are.
 
     "psnr" (dB) and "ssim" of what it makes of the examples. For latents "kid" (x1000), "precision" and "recall" of `_SAMPLES`
-    images against the held-out ones, by features of the shipped classifier of clothing for grey images, of EfficientNet-lite0 for
+    images against the held-out ones, if those are `_FEWEST` or more, by features of the shipped classifier of clothing for grey images, of EfficientNet-lite0 for
     coloured ones where it has been fetched; "inception_score" with the classifier, for clothing. Processes share the work.
     """
     found: dict[str, float] = {}
@@ -176,7 +189,7 @@ def judge(system: System, model: nn.Module, held: Images) -> dict[str, float]:
         found |= {"psnr": mean_psnr(made, wanted), "ssim": ssim(made, wanted).mean().item()}
     grey = held.images.shape[1] == 1
     extractor = "clothing" if grey else "efficientnet-lite0"
-    if not system.latent or extractors()[extractor] is not None:
+    if not system.latent or len(held.images) < _FEWEST or extractors()[extractor] is not None:
         return found
     samples = images_of(model, _inputs(system, _SAMPLES))
     wanted_features, sample_features = (features(_framed(x), extractor) for x in (held.images, samples))

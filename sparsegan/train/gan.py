@@ -18,8 +18,9 @@ from sparsegan.train.losses import adversarial_loss, gradient_penalty
 
 LATENT = 64
 
-# Generated images that differ less than this from each other, relative to real ones, are all the same one.
-_COLLAPSED = 0.1
+# Generated images that differ less than this from each other, relative to real ones, are all the same one; a generator that has just
+# begun makes such images, too, so that only one whose images differed more before has collapsed.
+_COLLAPSED, _ALIVE = 0.1, 0.3
 _MEASURED_BATCHES = 30
 
 
@@ -81,7 +82,7 @@ class Gan(Task):
         self.average = AveragedModel(generator, avg_fn=lambda mean, new, _: torch.lerp(mean, new, average))
         self.modules = {"generator": generator, "discriminator": discriminator, "average": self.average}
         self._shared_generator, self._shared_discriminator = map(parallel.wrapped, (generator, discriminator))
-        self._variation = 1.0
+        self._variation = self._most = 0.0
 
     def rate(self, progress: float) -> float:
         return min(1.0, 2 * (1 - progress))
@@ -111,6 +112,7 @@ class Gan(Task):
         self.average.update_parameters(self.generator)
         with torch.no_grad():
             self._variation = float(_variation(fake) / _variation(batch.real).clamp_min(1e-6))
+            self._most = max(self._most, self._variation)
         return parallel.mean(d_loss.detach())
 
     def _discriminate(
@@ -134,8 +136,8 @@ class Gan(Task):
 
     def trouble(self) -> str | None:
         """Mode collapse: whatever goes in, one image comes out, while the real ones differ."""
-        variation = float(parallel.mean(torch.tensor(self._variation)))
-        if variation < _COLLAPSED:
+        variation, most = parallel.mean(torch.tensor([self._variation, self._most])).tolist()
+        if variation < _COLLAPSED and most > _ALIVE:
             return (
                 f"the generator has collapsed: its images vary {variation:.2f} times as much as the real ones"
             )

@@ -53,11 +53,15 @@ class Task(ABC):
 
 @dataclass
 class Trained:
-    """history: the loss of each step. rng: where its random numbers go on. events: what went wrong and was undone."""
+    """history: the loss of each step. rng: where its random numbers go on. events: what went wrong and was undone.
+
+    seconds: that it took, those before a kill as well.
+    """
 
     history: list[float]
     rng: torch.Generator
     events: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def run(
@@ -90,7 +94,7 @@ def run(
         if hasattr(follow, "load_state_dict"):
             follow.load_state_dict({"step": training.step})
     first_rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in task.optimisers]
-    trained = Trained(training.history, training.generator)
+    events = training.events
     training.keep()
     with parallel.shared_norms(*task.modules.values()), torch.enable_grad():
         while training.step < steps:
@@ -106,10 +110,10 @@ def run(
             if trouble is None and checked:
                 trouble = task.trouble() if _finite(task.modules) else "weights are not finite"
             if trouble is not None:
-                trained.events.append(f"{trouble} at step {training.step}")
-                if len(training.history) == 1 or len(trained.events) > _ROLL_BACKS:
+                events.append(f"{trouble} at step {training.step}")
+                if len(training.history) == 1 or len(events) > _ROLL_BACKS:
                     raise FloatingPointError(
-                        f"training does not hold: {'; '.join(trained.events)}; look at the data, or try another seed or loss"
+                        f"training does not hold: {'; '.join(events)}; look at the data, or try another seed or loss"
                     )
                 training.roll_back()
             else:
@@ -120,7 +124,7 @@ def run(
                     training.save(state, at_once=training.step == steps)
             if progress is not None:
                 progress(training.step, loss)
-    return trained
+    return Trained(training.history, training.generator, events, training.seconds)
 
 
 def _finite(modules: dict[str, nn.Module]) -> bool:
