@@ -42,7 +42,7 @@ from sparsegan.train.losses import LOSSES
 ROOT = Path(__file__).parent.parent
 PAGE, PICTURES = ROOT / "docs" / "systems.md", ROOT / "docs" / "images"
 RESULTS = Path(__file__).parent / "results" / "systems"
-LOSS_STEPS = 600
+LOSS_STEPS = 400
 
 
 def made(name: str, folder: Path, **changes: Any) -> dict[str, Any]:

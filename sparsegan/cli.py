@@ -518,12 +518,12 @@ def _captured_shapes(model: nn.Module) -> list[tuple[int, ...]]:
         raise ValueError("the model takes other inputs than latents and labels")
     shapes = [wanted[1:] for wanted in check.wanted]
     for shape in shapes:
-        if any(isinstance(size, str) for size in shape):
-            raise ValueError(
-                f"the model takes images of any size, [N, {', '.join(map(str, shape))}], not latents"
-            )
-        if len(shape) == 3 and max(shape[1:]) > 1:
-            raise ValueError(f"the model changes images [N, {', '.join(map(str, shape))}], it draws none")
+        sizes = [
+            f"{axis}, any size" if isinstance(size, str) else size
+            for axis, size in zip("CHW", shape, strict=False)
+        ]
+        if len(shape) == 3 and any(size != 1 for size in shape[1:]):
+            raise ValueError(f"the model changes images [N, {', '.join(map(str, sizes))}], it draws none")
     return shapes
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,6 +38,7 @@ from sparsegan.quantize import calibrate
 from sparsegan.quantize.aware import quantization_aware
 from sparsegan.report import finite, mean_psnr, measure_speed
 from sparsegan.swap import SwapConfig, swap_to_sparse
+from sparsegan.training import fast_training
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """``(stage, steps done, steps in all)``, the stage being "choose", "measure", "prune", "distil" or "swap"."""
@@ -732,11 +732,3 @@ def _narrowed(model: nn.Module, sample: SampleInputs, plan: Plan, fit: bool = Fa
 
 def _width(layer: nn.Module) -> int:
     return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore
-
-
-def fast_training() -> torch.autocast | nullcontext[None]:
-    """bfloat16 autocast where the CPU has instructions for it; elsewhere it is slower than float32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)  # torch 2.10 does not have it
-    if capabilities is not None and capabilities().get("avx512_bf16"):
-        return torch.autocast("cpu", torch.bfloat16)
-    return nullcontext()

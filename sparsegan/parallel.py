@@ -94,7 +94,9 @@ def from_first(make: Callable[[], T]) -> T:
     if world() == 1:
         return make()
     made = [make() if rank() == 0 else None]
-    dist.broadcast_object_list(made)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns of itself, where it unpickles graphs
+        dist.broadcast_object_list(made)
     return cast(T, made[0])
 
 
@@ -136,6 +138,8 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        dtype = x.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32))  # autocast gives bfloat16, too coarse for sums
         over = [0, *range(2, x.dim())]
         count = x.numel() // x.shape[1] * world()
         shape = (1, -1, *[1] * (x.dim() - 2))
@@ -150,11 +154,10 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
                 step = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
                 self.running_mean.lerp_(average, step)
                 self.running_var.lerp_(variance * (count / max(count - 1, 1)), step)
-        # In the form of the built-in one, so that it takes what autocast gives it.
         y = centred * (variance + self.eps).rsqrt().view(shape)
         if self.weight is not None:
             y = y * self.weight.view(shape) + self.bias.view(shape)
-        return y
+        return y.to(dtype)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,25 @@ def fingerprint(settings: object, *tensors: Tensor) -> str:
     """SHA-256 of the `repr` of ``settings`` and of the bytes of ``tensors``, in hexadecimal."""
     digest = hashlib.sha256(repr(settings).encode())
     for tensor in tensors:
-        digest.update(memoryview(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def fast_training() -> torch.autocast | nullcontext[None]:
+    """bfloat16 autocast where the CPU has instructions for it; elsewhere it is slower than float32.
+
+    It keeps casts of the weights until it is left: call ``torch.clear_autocast_cache()`` whenever they have changed.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # torch 2.10 does not have it
+    if capabilities is not None and capabilities().get("avx512_bf16"):
+        return torch.autocast("cpu", torch.bfloat16)
+    return nullcontext()
+
+
+def full(x: Tensor) -> Tensor:
+    """``x`` in float32 where autocast has made it bfloat16: losses and their logarithms want more digits."""
+    return x.float() if x.dtype == torch.bfloat16 else x

@@ -11,6 +11,7 @@ import torch
 from sparsegan import parallel
 
 SCRIPT = """
+import os
 import sys
 import torch
 from torch import nn
@@ -68,6 +69,7 @@ with parallel.processes():
     found = {"hinge": gan("hinge"), "wgan-gp": gan("wgan-gp"), "rigl": gan("bce", "rigl"), "vae": vae(), "distilled": distilled()}
     rows = torch.arange(6.0).view(6, 1)
     assert torch.equal(parallel.gather(parallel.share(rows)), rows)
+    assert (parallel.from_first(os.getpid) == os.getpid()) == (parallel.rank() == 0)
     if parallel.rank() == 0:
         torch.save({name: {key: value.detach() for key, value in part.items()} for name, part in found.items()}, out)
 """
@@ -107,8 +109,9 @@ def test_two_processes_give_the_result_of_one(results: list, system: str):
 def test_one_process_changes_nothing():
     rows = torch.arange(6.0)
     assert parallel.world() == 1 and parallel.rank() == 0
-    assert parallel.share(rows) is not None and torch.equal(parallel.share(rows), rows)
+    assert torch.equal(parallel.share(rows), rows)
     assert parallel.gather(rows) is rows and parallel.mean(rows) is rows
+    assert parallel.from_first(lambda: rows) is rows
     module = torch.nn.BatchNorm2d(3)
     assert parallel.wrapped(module) is module
     with parallel.shared_norms(module):
@@ -119,3 +122,24 @@ def test_a_batch_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(parallel, "world", lambda: 2)
     with pytest.raises(ValueError, match="a batch of 5 cannot be shared by 2 processes"):
         parallel.share(torch.zeros(5))
+
+
+def test_shared_statistics_of_large_values(monkeypatch: pytest.MonkeyPatch):
+    # E[x^2] - E[x]^2 in float32 would be wrong by more than the variance here, and might be below zero.
+    x = 300 + 0.01 * torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    wanted = torch.nn.BatchNorm2d(2).double()(x.double()).float()
+    monkeypatch.setattr(parallel, "_sum", lambda x: x)
+    norm = torch.nn.BatchNorm2d(2)
+    norm.__class__ = parallel._SharedBatchNorm
+    torch.testing.assert_close(norm(x), wanted, rtol=0, atol=0.02)
+
+
+def test_shared_statistics_of_bfloat16_are_float32(monkeypatch: pytest.MonkeyPatch):
+    x = (3 + torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(0))).bfloat16()
+    plain, norm = torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(2)
+    wanted = plain(x)
+    monkeypatch.setattr(parallel, "_sum", lambda x: x)
+    norm.__class__ = parallel._SharedBatchNorm
+    torch.testing.assert_close(norm(x), wanted)
+    torch.testing.assert_close(norm.running_mean, plain.running_mean)
+    torch.testing.assert_close(norm.running_var, plain.running_var)

@@ -133,6 +133,20 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(
     assert prunable_layers(whole.generator)["3"].weight.eq(0).float().mean() > 0.4
 
 
+def test_what_went_wrong_before_a_kill_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(Killed):
+        run(Line({60: math.nan}), 90, seed=0, state=path, progress=die_at(80))
+    resumed = Line()
+    resumed.bad = dict.fromkeys(range(1, 9, 2), math.nan)
+    monkeypatch.setattr(training.time, "monotonic", lambda: 1e9)
+    with pytest.raises(FloatingPointError, match=r"at step 60; .* at step 87; look"):
+        run(resumed, 90, seed=0, state=path)
+    done = run(Line(), 90, seed=0, state=path)
+    assert done.events[0] == "the loss is nan at step 60" and 0 < done.seconds < 60
+
+
 # ------------------------------------------------------------------ GANs
 
 REAL, FAKE = torch.tensor([[0.5], [2.0]]), torch.tensor([[-1.0], [0.25]])

@@ -81,7 +81,7 @@ class RecurrentEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         rows = images.transpose(1, 2).flatten(2)
         entering = self.cell.input(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
-        state: State = (images.new_zeros(images.shape[0], self.hidden),) * self.cell.CARRIES
+        state: State = (entering.new_zeros(images.shape[0], self.hidden),) * self.cell.CARRIES
         for step in entering.unbind(1):
             state = self.cell(step, state)
         moments: Tensor = self.moments(state[0])

@@ -44,7 +44,7 @@ from sparsegan.train.gan import Gan, latents, latents_and_labels, pairs
 from sparsegan.train.loop import After, Progress, Task, Trained, at_rest, run
 from sparsegan.train.tasks import TASKS
 from sparsegan.train.vae import Vae
-from sparsegan.training import fingerprint
+from sparsegan.training import fast_training, fingerprint
 
 DISTANCES: dict[str, Callable[[], Loss]] = {
     "l1": lambda: l1,
@@ -135,6 +135,7 @@ def _trainer(
         seed=settings.seed,
         settings=(settings, fingerprint((), images.images)),
         after=after,
+        fast=True,
         state=state,
         progress=progress,
     )
@@ -192,7 +193,7 @@ def _latent_gan(
 
 def _mlp_gan(widths: Sequence[int], images: Images, held: Images, settings: Settings) -> System:
     shape = tuple(images.images.shape[1:])
-    build = partial(mlp_generator, 100, _scaled(settings, *widths), image_shape=shape)
+    build = partial(mlp_generator, 100, _scaled(settings, *widths), image_shape=shape, norm=True)
     return _latent_gan(images, settings, build, 100)
 
 
@@ -379,17 +380,18 @@ def _student(images: Images, held: Images, settings: Settings) -> System:
 
     def train(state: Path | None, progress: Progress | None) -> Trained:
         start = time.monotonic()
-        history = recover(
-            student,
-            teacher.model,
-            teacher.sample_inputs,
-            settings.steps,
-            lr=2e-3,
-            seed=settings.seed,
-            loss=phases,
-            progress=progress,
-            state=state,
-        )
+        with fast_training():
+            history = recover(
+                student,
+                teacher.model,
+                teacher.sample_inputs,
+                settings.steps,
+                lr=2e-3,
+                seed=settings.seed,
+                loss=phases,
+                progress=progress,
+                state=state,
+            )
         return Trained(history, torch.Generator(), seconds=time.monotonic() - start)
 
     def finish() -> nn.Module:
@@ -404,7 +406,7 @@ def _student(images: Images, held: Images, settings: Settings) -> System:
     return System(train, student, finish, teacher.sample_inputs, examples)
 
 
-_BASE = Settings(steps=2000)
+_BASE = Settings(steps=1500)
 
 RECIPES = {
     "mlp-gan": Recipe(
@@ -441,30 +443,30 @@ RECIPES = {
     "vae-recurrent": Recipe(
         "VAE that reads and writes rows: GRU (or LSTM) encoder and decoder",
         _vae_recurrent,
-        replace(_BASE, steps=1500),
+        replace(_BASE, steps=1000),
     ),
     "super-resolve": Recipe(
         "pix2pix: a U-Net that makes images sharp that were a quarter of the size",
         partial(_translation, "super-resolve", _unet),
-        replace(_BASE, steps=800, batch=16),
+        replace(_BASE, steps=600, batch=16),
         side=32,
     ),
     "deblur": Recipe(
         "residual generator (CycleGAN's) that undoes a Gaussian blur",
         partial(_translation, "deblur", _resnet),
-        replace(_BASE, steps=800, batch=16),
+        replace(_BASE, steps=600, batch=16),
         side=32,
     ),
     "colourise": Recipe(
         "pix2pix: a U-Net that colours grey images",
         partial(_translation, "colourise", _unet),
-        replace(_BASE, steps=800, batch=16, channels=3),
+        replace(_BASE, steps=600, batch=16, channels=3),
         side=64,
     ),
     "student": Recipe(
         "the shipped DCGAN taught to a generator with half of the channels and one layer less",
         _student,
-        replace(_BASE, steps=1500),
+        replace(_BASE, steps=1000),
         side=32,
     ),
 }

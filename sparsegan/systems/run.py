@@ -179,8 +179,9 @@ def judge(system: System, model: nn.Module, held: Images) -> dict[str, float]:
     """How good the images of ``model`` are.
 
     "psnr" (dB) and "ssim" of what it makes of the examples. For latents "kid" (x1000), "precision" and "recall" of `_SAMPLES`
-    images against the held-out ones, if those are `_FEWEST` or more, by features of the shipped classifier of clothing for grey images, of EfficientNet-lite0 for
-    coloured ones where it has been fetched; "inception_score" with the classifier, for clothing. Processes share the work.
+    images against the held-out ones, if those are `_FEWEST` or more, by features of the shipped classifier of clothing for grey
+    images, of EfficientNet-lite0 for coloured ones where it has been fetched; "inception_score" with the classifier, for
+    clothing. Processes share the work.
     """
     found: dict[str, float] = {}
     if system.examples is not None:

@@ -15,11 +15,12 @@ from sparsegan import parallel
 from sparsegan.models.dcgan import dcgan_generator
 from sparsegan.train.loop import After, Progress, Task, at_rest, draw_indices, run
 from sparsegan.train.losses import adversarial_loss, gradient_penalty
+from sparsegan.training import full
 
 LATENT = 64
 
-# Generated images that differ less than this from each other, relative to real ones, are all the same one; a generator that has just
-# begun makes such images, too, so that only one whose images differed more before has collapsed.
+# Generated images that differ less than this from each other, relative to real ones, are all the same one. So are those of a
+# generator that has just begun: only one whose images differed more before has collapsed.
 _COLLAPSED, _ALIVE = 0.1, 0.3
 _MEASURED_BATCHES = 30
 
@@ -92,14 +93,14 @@ class Gan(Task):
         for _ in range(self.loss.critic_steps - 1):
             batch = self.draw(rng)
             with torch.no_grad():
-                fake = self.generator(*batch.inputs)
+                fake = full(self.generator(*batch.inputs))
             self._discriminate(batch, fake, rng, d_optimiser)
         batch = self.draw(rng)
-        fake = self._shared_generator(*batch.inputs)
+        fake = full(self._shared_generator(*batch.inputs))
         d_loss = self._discriminate(batch, fake.detach(), rng, d_optimiser)
 
         self.discriminator.requires_grad_(False)
-        g_loss = self.loss.generator(self.discriminator(fake, *batch.context))
+        g_loss = self.loss.generator(full(self.discriminator(fake, *batch.context)))
         if self.pixel_weight:
             g_loss = g_loss + self.pixel_weight * (fake - batch.real).abs().mean()
         if self.regulariser is not None:
@@ -120,7 +121,8 @@ class Gan(Task):
     ) -> Tensor:
         discriminator = self._shared_discriminator
         twice = tuple(torch.cat([x, x]) for x in batch.context)
-        loss = self.loss.discriminator(*discriminator(torch.cat([batch.real, fake]), *twice).chunk(2))
+        scores = full(discriminator(torch.cat([batch.real, fake]), *twice))
+        loss = self.loss.discriminator(*scores.chunk(2))
         if self.loss.penalty:
             mix = parallel.share(torch.rand(len(fake) * parallel.world(), 1, 1, 1, generator=rng)).to(fake)
             penalty = gradient_penalty(discriminator, batch.real, fake, batch.context, mix)
@@ -128,6 +130,7 @@ class Gan(Task):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        torch.clear_autocast_cache()
         if self.loss.clip is not None:
             with torch.no_grad():
                 for parameter in self.discriminator.parameters():

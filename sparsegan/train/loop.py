@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsegan import parallel
-from sparsegan.training import TrainingState
+from sparsegan.training import TrainingState, fast_training
 
 Progress: TypeAlias = Callable[[int, float], None]
 """``(steps done, loss)``, called after each step"""
@@ -71,13 +72,14 @@ def run(
     seed: int,
     settings: object = None,
     after: Sequence[After] = (),
+    fast: bool = False,
     state: Path | None = None,
     progress: Progress | None = None,
 ) -> Trained:
     """Train ``task`` for ``steps`` steps, all random numbers from ``seed``.
 
-    settings: with seed and steps, what tells this run from others. state: a file that holds the training so far, see
-    `TrainingState`; where it is there, training goes on from it.
+    settings: with seed and steps, what tells this run from others. fast: compute in bfloat16 where that is quicker.
+    state: a file that holds the training so far, see `TrainingState`; where it is there, training goes on from it.
 
     Where a loss is not finite or the task finds itself in trouble, everything goes back to the last good state, the rates are
     halved, and training goes on. Raises FloatingPointError when that helps no more, or the first loss is not finite; ValueError
@@ -96,13 +98,15 @@ def run(
     first_rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in task.optimisers]
     events = training.events
     training.keep()
-    with parallel.shared_norms(*task.modules.values()), torch.enable_grad():
+    precision = fast_training() if fast else nullcontext()
+    with parallel.shared_norms(*task.modules.values()), torch.enable_grad(), precision:
         while training.step < steps:
             factor = training.rate * task.rate(training.step / steps)
             for optimiser, rates in zip(task.optimisers, first_rates, strict=True):
                 for group, rate in zip(optimiser.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
             loss = task.step(training.generator).item()
+            torch.clear_autocast_cache()
             training.step += 1
             training.history.append(loss)
             trouble = None if math.isfinite(loss) else f"the loss is {loss}"

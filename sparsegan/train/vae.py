@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsegan import parallel
 from sparsegan.models.vae import ConvVAE
 from sparsegan.train.loop import Progress, Task, at_rest, draw_indices, run
+from sparsegan.training import full
 
 
 class _Codes(Protocol):
@@ -61,10 +62,10 @@ class _Bound(nn.Module):
 
     def forward(self, images: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         vae = cast(_Codes, self.model)
-        mean, log_variance = vae.encode(images)
+        mean, log_variance = map(full, vae.encode(images))
         noise = torch.randn(len(mean) * parallel.world(), *mean.shape[1:], generator=rng)
         z = mean + torch.exp(0.5 * log_variance) * parallel.share(noise).to(mean)
-        mse = (vae.decoder(z) - images).square().mean()
+        mse = (full(vae.decoder(z)) - images).square().mean()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
         return mse, kl
 
