@@ -2,7 +2,7 @@
 
     python -m benchmarks.systems             trains what is not there yet, prints the page
     python -m benchmarks.systems --write     writes it, too
-    python -m benchmarks.systems --rows ...  these recipes only
+    python -m benchmarks.systems --rows ...  these recipes only; --losses ... these losses of the DCGAN
 
 Runs are kept in benchmarks/results/systems, so that one that was stopped goes on.
 """
@@ -43,6 +43,10 @@ ROOT = Path(__file__).parent.parent
 PAGE, PICTURES = ROOT / "docs" / "systems.md", ROOT / "docs" / "images"
 RESULTS = Path(__file__).parent / "results" / "systems"
 LOSS_STEPS = 400
+_LOSSES_HEADING = f"""## Losses of GANs
+
+The same DCGAN, {LOSS_STEPS} steps each; spectral normalisation but for the Wasserstein losses.
+"""
 
 
 def made(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
@@ -170,8 +174,7 @@ to the image wanted, of the student to its teacher. Times are ratios to torch ea
 """,
         *systems_table(reports),
         "",
-        f"## Losses of GANs\n\nThe same DCGAN, {LOSS_STEPS} steps each; spectral normalisation but for the Wasserstein losses.\n",
-        *losses_table(losses),
+        *([_LOSSES_HEADING, *losses_table(losses)] if losses else []),
         "\n## Number formats of weights\n\nThe shipped DCGAN, dense, without training.\n",
         *formats_table(shipped.model, inputs),
         "",
@@ -197,6 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write docs/systems.md and its pictures")
     parser.add_argument("--rows", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
+    parser.add_argument("--losses", nargs="*", choices=LOSSES, default=list(LOSSES), metavar="LOSS")
     options = parser.parse_args(arguments)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     reports = {name: made(name, RESULTS / name) for name in options.rows}
@@ -204,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
         loss: made(
             "dcgan", RESULTS / f"loss-{loss}", loss=loss, steps=LOSS_STEPS, spectral="wgan" not in loss
         )
-        for loss in LOSSES
+        for loss in options.losses
     }
     page = render(reports, losses)
     print(page)
