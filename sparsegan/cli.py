@@ -313,9 +313,7 @@ def train(
     """
     if recipe not in RECIPES:
         raise ValueError(f"no recipe is called {recipe!r}; there are {', '.join(RECIPES)}")
-    given = {
-        "steps": steps,
-        "batch": batch,
+    special = {
         "channels": channels,
         "loss": loss,
         "spectral": spectral,
@@ -326,13 +324,22 @@ def train(
         "threshold": threshold,
         "lasso": lasso,
     }
+    special = {name: value for name, value in special.items() if value is not None}
+    own = RECIPES[recipe].options
+    for name in special:
+        if name not in own:
+            raise ValueError(
+                f"{recipe} has no --{name}; its own options are {', '.join(f'--{one}' for one in own) or 'none'}"
+            )
+    sizes = {"steps": steps, "batch": batch}
     settings = replace(
         RECIPES[recipe].settings,
         width=width,
         sparsity=sparsity,
         pattern=parse_pattern(pattern),
         seed=seed,
-        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+        **special,  # type: ignore[arg-type]
+        **{name: value for name, value in sizes.items() if value is not None},  # type: ignore[arg-type]
     )
     with processes() as device:
         console = Console(stderr=as_json, quiet=rank() > 0)

@@ -228,7 +228,7 @@ def compress(
     else:
         plan, report = job.kept_plan(method, sparsity, speedup)
         pruned, history = job.train(plan, steps)
-    swapped, measured = parallel.from_first(lambda: job.measured(pruned, job.swapped(pruned)))
+    swapped, measured = parallel.from_first(lambda: job.served(pruned))
     report |= measured
     result = Compressed(swapped, pruned, plan, settings, report, history, time.perf_counter() - start)
     if folder is not None and parallel.rank() == 0:
@@ -705,7 +705,12 @@ class _Job:
             )
         return *good, {"KID x1000 by sparsity": measured}
 
-    def measured(self, pruned: nn.Module, swapped: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    def served(self, pruned: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        """The swapped model, and what was measured of it."""
+        swapped = self.swapped(pruned)
+        return swapped, self.measured(pruned, swapped)
+
+    def measured(self, pruned: nn.Module, swapped: nn.Module) -> dict[str, Any]:
         inputs = self.drawn(256, _EVALUATION)
         one = self.drawn(1)
         left = {
@@ -714,7 +719,7 @@ class _Job:
         kept = sum(macs * left[name] for name, macs in count_macs(pruned, one).items())
         with torch.no_grad():
             dense, f32, int8 = (image_of(m(*inputs)) for m in (self.teacher, pruned, swapped))
-        return swapped, {
+        return {
             "removed": 1 - kept / sum(count_macs(self.teacher, one).values()),
             "psnr": mean_psnr(int8, dense),
             "psnr of pruning": mean_psnr(f32, dense),

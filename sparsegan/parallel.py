@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def world() -> int:
@@ -38,8 +38,9 @@ def processes() -> Iterator[torch.device]:
 
     NCCL for tensors on CUDA devices, gloo for those on the CPU. A process that waits ten minutes for another gives up.
     """
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else 0)
-    device = device if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
         yield device
         return
@@ -86,7 +87,7 @@ def mean(x: Tensor) -> Tensor:
     return x + (total / world() - x).detach()
 
 
-def from_first(make: Callable[[], T]) -> T:
+def from_first(make: Callable[[], _T]) -> _T:
     """What ``make`` gives in the first process, in all of them (pickled on its way).
 
     The others wait, so that times that are measured are right, and what is decided by them is the same for all.
@@ -97,7 +98,7 @@ def from_first(make: Callable[[], T]) -> T:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch warns of itself, where it unpickles graphs
         dist.broadcast_object_list(made)
-    return cast(T, made[0])
+    return cast(_T, made[0])
 
 
 def wrapped(module: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Where a training is: all that a later process needs to go on as if nothing had happened, and a way back from a bad step."""
+"""What all trainings share: where one is, to go on as if nothing had happened or back from a bad step; and in which precision."""
 
 from __future__ import annotations
 

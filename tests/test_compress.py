@@ -18,6 +18,7 @@ from sparsegan.compress import Compressed, compress, sweep
 from sparsegan.layers import SparseProgram
 from sparsegan.patterns import BlockPattern, weight_view
 from sparsegan.prune import sparsity_report
+from sparsegan.quantize import calibrate
 from sparsegan.report import layer_results, layer_table, mean_psnr
 
 compress_module = importlib.import_module("sparsegan.compress")  # the package has a function of that name
@@ -337,3 +338,26 @@ def test_a_narrower_layer_has_no_psnr_of_its_own():
     console.print(layer_table("small", list(rows.values())))
     shown = console.file.getvalue()
     assert "nan" not in shown and "–" in shown
+
+
+def test_outliers_do_not_widen_the_ranges_of_training_and_of_the_swap(monkeypatch: pytest.MonkeyPatch):
+    found: dict[str, Any] = {}
+
+    def spy(name: str) -> None:
+        original = getattr(compress_module, name)
+
+        def call(*arguments: Any, **settings: Any) -> Any:
+            found[name] = arguments
+            return original(*arguments, **settings)
+
+        monkeypatch.setattr(compress_module, name, call)
+
+    spy("quantization_aware")
+    spy("swap_to_sparse")
+    run(method="blocks", steps=40, perceptual=None)
+    (_, ranges), (pruned, config, *_) = found["quantization_aware"], found["swap_to_sparse"]
+    extremes = calibrate(pruned, config.calibration, list(ranges))
+    narrower = [
+        high - low < 0.97 * (extremes[name][1] - extremes[name][0]) for name, (low, high) in ranges.items()
+    ]
+    assert any(narrower) and config.percentile == compress_module._PERCENTILE < 100

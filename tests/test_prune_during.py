@@ -129,20 +129,16 @@ def test_n_of_m(kind):
     assert seen == ([3, 2, 2, 1] if kind == "cubic" else [1, 1, 1, 1])
 
 
+def below(model, pattern, threshold, **when):
+    """Prunes layer 0 by a threshold, until the last step, to at most 75 %; nothing is learnt."""
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.0)
+    settings = {"kind": "threshold", "threshold": threshold, "until": 1, "layers": ["0"], **when}
+    return Sparsifier(model, optimiser, pattern, 0.75, **settings)
+
+
 def test_threshold_by_hand():
     model = nn.Sequential(linear([[3.0, -4.0, 1.0, 1.0, 0.5, 0.5, 1.0, 0.0, 0.9]]))
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.0)
-    sparsifier = Sparsifier(
-        model,
-        optimiser,
-        BlockPattern(1, 2),
-        steps=4,
-        every=2,
-        until=1,
-        kind="threshold",
-        threshold=0.8,
-        layers=["0"],
-    )
+    sparsifier = below(model, BlockPattern(1, 2), 0.8, steps=4, every=2)
     assert not sparsifier(1) and bool(model[0].weight[0, 4])
     # Root mean squares: 3.5, 1, 0.5, 0.71 and, of one weight, 0.9.
     assert sparsifier(2)
@@ -155,19 +151,7 @@ def test_threshold_by_hand():
 
 def test_threshold_stops_at_the_sparsity():
     model = nn.Sequential(linear([[float(1 + i) for i in range(16)]]))
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.0)
-    sparsifier = Sparsifier(
-        model,
-        optimiser,
-        SINGLE,
-        0.75,
-        steps=1,
-        every=1,
-        until=1,
-        kind="threshold",
-        threshold=100.0,
-        layers=["0"],
-    )
+    sparsifier = below(model, SINGLE, 100.0, steps=1, every=1)
     assert sparsifier(1) and model[0].weight.tolist() == [[0.0] * 12 + [13, 14, 15, 16]]
 
 

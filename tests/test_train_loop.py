@@ -15,7 +15,7 @@ from sparsegan.prune.during import Sparsifier
 from sparsegan.prune.trace import prunable_layers
 from sparsegan.train import loop
 from sparsegan.train.gan import Gan, latents
-from sparsegan.train.loop import Task, run
+from sparsegan.train.loop import Task, descend, run
 from sparsegan.train.losses import LOSSES, adversarial_loss, gradient_penalty
 
 
@@ -36,9 +36,7 @@ class Line(Task):
         x = torch.randn(8, 1, generator=rng)
         loss = (self.weight(x) - 2 * x).square().mean()
         self.rates.append(self.optimisers[0].param_groups[0]["lr"])
-        self.optimisers[0].zero_grad()
-        loss.backward()
-        self.optimisers[0].step()
+        descend(loss, self.optimisers[0])
         if self.count == self.spoil:
             with torch.no_grad():
                 self.weight.weight.fill_(torch.nan)
@@ -48,10 +46,11 @@ class Line(Task):
         return 1.0
 
 
-def test_it_learns_and_reports_each_step():
+@pytest.mark.parametrize("fast", [False, True])  # casts of weights must not outlive them
+def test_it_learns_and_reports_each_step(fast: bool):
     seen: list[int] = []
     task = Line()
-    trained = run(task, 120, seed=0, progress=lambda step, loss: seen.append(step))
+    trained = run(task, 120, seed=0, fast=fast, progress=lambda step, loss: seen.append(step))
     assert seen == list(range(1, 121)) and len(trained.history) == 120 and not trained.events
     assert task.weight.weight.item() == pytest.approx(2, abs=0.05)
 

@@ -41,7 +41,7 @@ from sparsegan.prune.losses import Loss, l1, l1_plus_l2
 from sparsegan.prune.trace import Inputs
 from sparsegan.train.data import Images
 from sparsegan.train.gan import Gan, latents, latents_and_labels, pairs
-from sparsegan.train.loop import After, Progress, Task, Trained, at_rest, run
+from sparsegan.train.loop import After, Progress, Task, Trained, at_rest, initialised, run
 from sparsegan.train.tasks import TASKS
 from sparsegan.train.vae import Vae
 from sparsegan.training import fast_training, fingerprint
@@ -107,12 +107,16 @@ Build: TypeAlias = Callable[[Images, Images, Settings], System]
 
 @dataclass(frozen=True)
 class Recipe:
-    """what: one sentence. build: makes the system of training images, held-out images and settings. side: of the images."""
+    """what: one sentence. build: makes the system of training images, held-out images and settings. side: of the images.
+
+    options: of `Settings`, those that this system has beside the ones that all have.
+    """
 
     what: str
     build: Build
     settings: Settings
     side: int = 28
+    options: tuple[str, ...] = ()
 
 
 def _scaled(settings: Settings, *widths: int) -> list[int]:
@@ -121,9 +125,7 @@ def _scaled(settings: Settings, *widths: int) -> list[int]:
 
 def _seeded(build: Callable[[], nn.Module], seed: int, like: Tensor) -> nn.Module:
     """A module with weights from ``seed``, on the device of ``like``."""
-    with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
-        torch.manual_seed(seed)
-        return build().to(like.device)
+    return initialised(build, seed).to(like.device)
 
 
 def _trainer(
@@ -144,6 +146,18 @@ def _trainer(
 # ------------------------------------------------------------------ generators from latents
 
 
+def _discriminator(images: Tensor, settings: Settings, classes: int | None = None) -> nn.Module:
+    build = partial(
+        conv_discriminator,
+        settings.channels,
+        _scaled(settings, 64, 128),
+        side=images.shape[-1],
+        spectral=settings.spectral,
+        classes=classes,
+    )
+    return _seeded(build, settings.seed + 1, images)
+
+
 def _latent_gan(
     images: Images,
     settings: Settings,
@@ -152,15 +166,6 @@ def _latent_gan(
     regulariser: Callable[[nn.Module], Tensor] | None = None,
     sparse: bool = False,
 ) -> System:
-    side = images.images.shape[-1]
-    discriminator = partial(
-        conv_discriminator,
-        settings.channels,
-        _scaled(settings, 64, 128),
-        side=side,
-        spectral=settings.spectral,
-    )
-
     def sparsify(model: nn.Module, optimiser: Optimizer, inputs: Inputs) -> Sparsifier:
         return Sparsifier(
             model,
@@ -176,7 +181,7 @@ def _latent_gan(
 
     task = Gan(
         _seeded(generator, settings.seed, images.images),
-        _seeded(discriminator, settings.seed + 1, images.images),
+        _discriminator(images.images, settings),
         latents(images.images, (latent,), settings.batch),
         loss=settings.loss,
         regulariser=regulariser,
@@ -224,17 +229,9 @@ def _conditional_gan(images: Images, held: Images, settings: Settings) -> System
     stem, *widths = _scaled(settings, 256, 128, 64)
     side = images.images.shape[-1]
     generator = partial(ConditionalGenerator, classes, latent, 32, stem, side, widths, settings.channels)
-    discriminator = partial(
-        conv_discriminator,
-        settings.channels,
-        _scaled(settings, 64, 128),
-        side=side,
-        spectral=settings.spectral,
-        classes=classes,
-    )
     task = Gan(
         _seeded(generator, settings.seed, images.images),
-        _seeded(discriminator, settings.seed + 1, images.images),
+        _discriminator(images.images, settings, classes),
         latents_and_labels(images.images, labels, latent, settings.batch),
         loss=settings.loss,
     )
@@ -392,7 +389,7 @@ def _student(images: Images, held: Images, settings: Settings) -> System:
                 progress=progress,
                 state=state,
             )
-        return Trained(history, torch.Generator(), seconds=time.monotonic() - start)
+        return Trained(history, seconds=time.monotonic() - start)
 
     def finish() -> nn.Module:
         at_rest(student)
@@ -407,55 +404,79 @@ def _student(images: Images, held: Images, settings: Settings) -> System:
 
 
 _BASE = Settings(steps=1500)
+_OF_GANS = ("channels", "loss", "spectral")
+_OF_VAES = ("channels", "beta")
 
 RECIPES = {
     "mlp-gan": Recipe(
         "MLP generator 100-1024-1024-1024-784 against a discriminator of strided 5x5 convolutions",
         partial(_mlp_gan, (1024, 1024, 1024)),
         _BASE,
+        options=_OF_GANS,
     ),
     "mlp-gan-small": Recipe(
-        "MLP generator 100-128-128-784 against the same discriminator", partial(_mlp_gan, (128, 128)), _BASE
+        "MLP generator 100-128-128-784 against the same discriminator",
+        partial(_mlp_gan, (128, 128)),
+        _BASE,
+        options=_OF_GANS,
     ),
     "dcgan": Recipe(
         "DCGAN: a 7x7x256 stem and transposed 5x5 convolutions, BatchNorm, against strided convolutions",
         _dcgan,
         _BASE,
+        options=_OF_GANS,
     ),
     "dcgan-sparse": Recipe(
-        "the same, generator and discriminator pruned while they train (cubic schedule)", _dcgan_sparse, _BASE
+        "the same, generator and discriminator pruned while they train (cubic schedule)",
+        _dcgan_sparse,
+        _BASE,
+        options=(*_OF_GANS, "prune", "threshold"),
     ),
     "dcgan-rigl": Recipe(
         "the same, sparse from the first step, with blocks that are dropped and grown (RigL)",
         _dcgan_sparse,
         replace(_BASE, prune="rigl"),
+        options=(*_OF_GANS, "prune", "threshold"),
     ),
     "dcgan-lasso": Recipe(
-        "the DCGAN, trained with a group lasso on blocks, then pruned", _dcgan_lasso, _BASE
+        "the DCGAN, trained with a group lasso on blocks, then pruned",
+        _dcgan_lasso,
+        _BASE,
+        options=(*_OF_GANS, "lasso"),
     ),
     "conditional-gan": Recipe(
-        "GAN that is told the class; projection discriminator", _conditional_gan, _BASE, side=32
+        "GAN that is told the class; projection discriminator",
+        _conditional_gan,
+        _BASE,
+        side=32,
+        options=_OF_GANS,
     ),
     "vae-mlp": Recipe(
-        "VAE: 5x5 strided convolutions to mean and log-variance, MLP decoder 16-512-512-784", _vae_mlp, _BASE
+        "VAE: 5x5 strided convolutions to mean and log-variance, MLP decoder 16-512-512-784",
+        _vae_mlp,
+        _BASE,
+        options=_OF_VAES,
     ),
-    "vae-conv": Recipe("VAE with a convolutional decoder", _vae_conv, _BASE, side=32),
+    "vae-conv": Recipe("VAE with a convolutional decoder", _vae_conv, _BASE, side=32, options=_OF_VAES),
     "vae-recurrent": Recipe(
         "VAE that reads and writes rows: GRU (or LSTM) encoder and decoder",
         _vae_recurrent,
         replace(_BASE, steps=1000),
+        options=(*_OF_VAES, "cell"),
     ),
     "super-resolve": Recipe(
         "pix2pix: a U-Net that makes images sharp that were a quarter of the size",
         partial(_translation, "super-resolve", _unet),
         replace(_BASE, steps=600, batch=16),
         side=32,
+        options=("channels",),
     ),
     "deblur": Recipe(
         "residual generator (CycleGAN's) that undoes a Gaussian blur",
         partial(_translation, "deblur", _resnet),
         replace(_BASE, steps=600, batch=16),
         side=32,
+        options=("channels",),
     ),
     "colourise": Recipe(
         "pix2pix: a U-Net that colours grey images",
@@ -468,5 +489,6 @@ RECIPES = {
         _student,
         replace(_BASE, steps=1000),
         side=32,
+        options=("distance",),
     ),
 }

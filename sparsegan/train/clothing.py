@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsegan.metrics.backbones import ClothingClassifier
-from sparsegan.train.loop import Progress, Task, at_rest, run
+from sparsegan.train.loop import Progress, Task, at_rest, descend, initialised, run
 
 
 class _Classifier(Task):
@@ -23,10 +23,7 @@ class _Classifier(Task):
         mirrored = torch.rand(self.batch, 1, 1, 1, generator=rng) < 0.5
         images = torch.where(mirrored, self.images[chosen].flip(3), self.images[chosen])
         loss = F.cross_entropy(self.model.logits(images), self.labels[chosen])
-        (optimiser,) = self.optimisers
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+        descend(loss, self.optimisers[0])
         return loss.detach()
 
 
@@ -43,9 +40,7 @@ def train_clothing(
 
     Same seed, same thread count, same machine: same weights. Raises what `run` raises.
     """
-    with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
-        torch.manual_seed(seed)
-        model = ClothingClassifier()
+    model = initialised(ClothingClassifier, seed)
     run(_Classifier(model, images, labels, batch), steps, seed=seed, settings=batch, progress=progress)
     at_rest(model)
     return model

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sparsegan import parallel
 from sparsegan.models.dcgan import dcgan_generator
-from sparsegan.train.loop import After, Progress, Task, at_rest, draw_indices, run
+from sparsegan.train.loop import After, Progress, Task, at_rest, descend, draw_indices, initialised, run
 from sparsegan.train.losses import adversarial_loss, gradient_penalty
 from sparsegan.training import full
 
@@ -105,9 +105,7 @@ class Gan(Task):
             g_loss = g_loss + self.pixel_weight * (fake - batch.real).abs().mean()
         if self.regulariser is not None:
             g_loss = g_loss + self.regulariser(self.generator)
-        g_optimiser.zero_grad()
-        g_loss.backward()
-        g_optimiser.step()
+        descend(g_loss, g_optimiser)
         self.discriminator.requires_grad_(True)
 
         self.average.update_parameters(self.generator)
@@ -127,10 +125,7 @@ class Gan(Task):
             mix = parallel.share(torch.rand(len(fake) * parallel.world(), 1, 1, 1, generator=rng)).to(fake)
             penalty = gradient_penalty(discriminator, batch.real, fake, batch.context, mix)
             loss = loss + self.loss.penalty * penalty
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        torch.clear_autocast_cache()
+        descend(loss, optimiser)
         if self.loss.clip is not None:
             with torch.no_grad():
                 for parameter in self.discriminator.parameters():
@@ -229,9 +224,7 @@ def train_gan(
     Hinge loss, a spectrally normalised discriminator, `Gan` for the rest. Same seed, same thread count, same machine: same
     weights. Raises what `run` raises.
     """
-    with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
-        torch.manual_seed(seed)
-        generator, discriminator = dcgan_generator(LATENT), _discriminator()
+    generator, discriminator = initialised(lambda: (dcgan_generator(LATENT), _discriminator()), seed)
     task = Gan(generator, discriminator, latents(images, (LATENT, 1, 1), batch))
     trained = run(task, steps, seed=seed, settings=batch, state=state, progress=progress)
     z = [(torch.randn(batch, LATENT, 1, 1, generator=trained.rng),) for _ in range(_MEASURED_BATCHES)]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from sparsegan import parallel
 from sparsegan.training import TrainingState, fast_training
 
+_T = TypeVar("_T")
 Progress: TypeAlias = Callable[[int, float], None]
 """``(steps done, loss)``, called after each step"""
 After: TypeAlias = Callable[[int], bool]
@@ -60,7 +61,7 @@ class Trained:
     """
 
     history: list[float]
-    rng: torch.Generator
+    rng: torch.Generator = field(default_factory=torch.Generator)
     events: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -106,7 +107,6 @@ def run(
                 for group, rate in zip(optimiser.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
             loss = task.step(training.generator).item()
-            torch.clear_autocast_cache()
             training.step += 1
             training.history.append(loss)
             trouble = None if math.isfinite(loss) else f"the loss is {loss}"
@@ -138,6 +138,21 @@ def _finite(modules: dict[str, nn.Module]) -> bool:
 def draw_indices(n: int, batch: int, rng: torch.Generator) -> Tensor:
     """Which of ``n`` samples the next ``batch`` holds: this process's share of indices int64 [batch]."""
     return parallel.share(torch.randint(n, (batch,), generator=rng))
+
+
+def initialised(build: Callable[[], _T], seed: int) -> _T:
+    """What ``build`` makes of layers, which take their first weights from torch's global generator: here from ``seed``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def descend(loss: Tensor, optimiser: Optimizer) -> None:
+    """One step down the gradient of ``loss``."""
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    torch.clear_autocast_cache()  # which holds casts of the weights as they were
 
 
 def at_rest(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsegan import parallel
 from sparsegan.models.vae import ConvVAE
-from sparsegan.train.loop import Progress, Task, at_rest, draw_indices, run
+from sparsegan.train.loop import Progress, Task, at_rest, descend, draw_indices, initialised, run
 from sparsegan.training import full
 
 
@@ -45,10 +45,7 @@ class Vae(Task):
         images = self.images[draw_indices(len(self.images), self.batch, rng)]
         mse, kl = map(parallel.mean, self._shared(images, rng))
         loss = images[0].numel() / 2 * mse.log() + self.beta * kl
-        (optimiser,) = self.optimisers
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+        descend(loss, self.optimisers[0])
         # Not finite if any part of the loss was not.
         return mse.detach() + 0 * loss.detach()
 
@@ -84,9 +81,7 @@ def train_vae(
 
     Same seed, same thread count, same machine: same weights. Raises what `run` raises.
     """
-    with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
-        torch.manual_seed(seed)
-        vae = ConvVAE()
+    vae = initialised(ConvVAE, seed)
     run(
         Vae(vae, images, batch=batch, beta=beta),
         steps,
@@ -116,10 +111,7 @@ class _Prior(Task):
         noise = torch.randn(2, self.batch, self.mean.shape[1], generator=rng)
         real, fake = self.mean[chosen] + self.deviation[chosen] * noise[0], self.prior(noise[1])
         loss = 2 * torch.cdist(real, fake).mean() - torch.pdist(real).mean() - torch.pdist(fake).mean()
-        (optimiser,) = self.optimisers
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+        descend(loss, self.optimisers[0])
         return loss.detach()
 
 
