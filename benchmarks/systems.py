@@ -54,7 +54,7 @@ def made(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
     path = folder / "report.json"
     if not path.exists():
         start = time.monotonic()
-        steps = 0 if changes else 400  # what only trains is not distilled after it
+        steps = 0 if changes else None  # what only trains is not distilled after it
         run_system(name, folder, replace(RECIPES[name].settings, **changes), compress_steps=steps)
         print(f"{folder.name}: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
     found: dict[str, Any] = json.loads(path.read_text())
@@ -165,10 +165,10 @@ def render(reports: dict[str, dict[str, Any]], losses: dict[str, dict[str, Any]]
         f"""# Systems
 
 Written by `python -m benchmarks.systems --write` (`make systems`). Each row is `sparsegan train RECIPE`: trained on {data}
-(coloured shapes for "colourise") to its small end, pruned to a quarter of the operations in 4x4 blocks, with 400 steps of
-distillation where it was not pruned while training, quantised to int8 and swapped. Arrows go from the trained dense model to the
-fast one. KID x1000 and Inception score are by the features of the shipped classifier of clothing (2,000 samples against 2,000
-held-out images): compare them within this page only. PSNR of VAEs is of held-out reconstructions, of image-to-image systems
+(coloured shapes for "colourise") to its small end, pruned to a quarter of the operations in 4x4 blocks, distilled from
+its dense self where it was not pruned while training, quantised to int8 and swapped. Arrows go from the trained dense model
+to the fast one. KID x1000 and Inception score are by the features of the shipped classifier of clothing (2,000 samples against
+2,000 held-out images): compare them within this page only. PSNR of VAEs is of held-out reconstructions, of image-to-image systems
 to the image wanted, of the student to its teacher. Times are ratios to torch eager float32, in turn, on
 {machine_facts()["cpu"]}, {torch.get_num_threads()} threads.
 """,
@@ -184,12 +184,13 @@ to the image wanted, of the student to its teacher. Times are ratios to torch ea
         "\n## Choosing a threshold\n\n`choose_threshold`: the largest that costs at most 0.01 of mean squared error.\n",
         *thresholds_table(shipped.model, inputs),
     ]
-    for name in reports:
+    for name, report in reports.items():
+        distilled = f", then {report['compress_steps']} of distillation" if report["compress_steps"] else ""
         lines += [
             "",
             f"## {name}",
             "",
-            f"{RECIPES[name].what}. `sparsegan train {name}`, {RECIPES[name].settings.steps} steps.",
+            f"{RECIPES[name].what}. `sparsegan train {name}`, {report['settings']['steps']} steps{distilled}.",
             "",
             f"![{name}](images/system-{name}.png)",
         ]

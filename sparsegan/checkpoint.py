@@ -26,8 +26,8 @@ from sparsegan.layers import SPARSE_TYPES, SparseLayer, SparseProgram
 from sparsegan.ops import BackendError, cuda
 from sparsegan.swap import Explanation, LayerRow
 
-FORMAT, VERSION = "sparsegan", "2"
-_READABLE = ("1", VERSION)  # 1 has no graphs
+FORMAT, VERSION = "sparsegan", "3"
+_READABLE = ("1", "2", VERSION)  # 1 has no graphs; in 2, programs share no tensors
 
 _CONVOLUTION = (
     "in_channels",
@@ -128,7 +128,7 @@ def load(path: str | Path, backend: str | None = None, device: str | torch.devic
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path} is a safetensors file, but not one that sparsegan.save wrote")
             if metadata.get("version") not in _READABLE:
-                came, known = metadata.get("version"), " and ".join(_READABLE)
+                came, known = metadata.get("version"), ", ".join(_READABLE)
                 raise ValueError(f"{path} has format version {came}, this sparsegan reads {known}: update it")
             # Cloned: the tensors of an open file lie where they fall in memory, unaligned.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118

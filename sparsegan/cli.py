@@ -301,8 +301,9 @@ def train(
     sparsity: _Sparsity = 0.75,
     pattern: _Pattern = "4x4",
     compress_steps: Annotated[
-        int, typer.Option(min=0, help="Of the distillation after pruning, where there is one.")
-    ] = 400,
+        int | None,
+        typer.Option(min=0, help="Of the distillation after pruning, where there is one; else the recipe's."),
+    ] = None,
     seed: _Seed = 0,
     as_json: _Json = False,
 ) -> None:

@@ -43,6 +43,7 @@ from sparsegan.training import fast_training
 Progress: TypeAlias = Callable[[str, int, int], None]
 """``(stage, steps done, steps in all)``, the stage being "choose", "measure", "prune", "distil" or "swap"."""
 Method: TypeAlias = Literal["auto", "blocks", "channels", "both"]
+NumberFormat: TypeAlias = Literal["auto", "int8", "bf16", "f32"]
 METHODS: tuple[Method, ...] = ("auto", "blocks", "channels", "both")
 
 CALIBRATION_BATCHES, CALIBRATION_BATCH = 4, 64
@@ -112,11 +113,14 @@ class Compressed:
     def save(self, folder: Path) -> None:
         """Write everything to ``folder``: `swapped.safetensors`, `pruned.safetensors`, `compressed.json`. No pickle.
 
-        Each file is whole or not there. Raises ValueError for a swapped model that `save` cannot describe, OSError when there is
-        no room.
+        A swapped model of a class of your own that `checkpoint.save` cannot describe has no file; `load` swaps the pruned one
+        again. Each file is whole or not there. Raises OSError when there is no room.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        save(self.model, folder / "swapped.safetensors")
+        try:
+            save(self.model, folder / "swapped.safetensors")
+        except ValueError:
+            (folder / "swapped.safetensors").unlink(missing_ok=True)
         state = {name: t.detach().contiguous().clone() for name, t in self.pruned.state_dict().items()}
         write_atomically(folder / "pruned.safetensors", save_tensors(state))
         facts: dict[str, Any] = {"plan": asdict(self.plan), "settings": self.settings, "report": self.report}
@@ -137,9 +141,13 @@ class Compressed:
             pruned = _narrowed(model, _sampler(inputs), plan)
             pruned.load_state_dict(load_file(folder / "pruned.safetensors"))
             rest = {name: facts[name] for name in ("settings", "report", "history", "seconds")}
+            served = {name: rest["settings"][name] for name in ("dtype", "seed")}
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} does not hold a compressed model of this one: {error}") from error
-        return cls(load(folder / "swapped.safetensors"), pruned.eval().requires_grad_(False), plan, **rest)
+        pruned = pruned.eval().requires_grad_(False)
+        path = folder / "swapped.safetensors"
+        swapped = load(path) if path.exists() else _swapped(pruned, _sampler(inputs), **served)
+        return cls(swapped, pruned, plan, **rest)
 
 
 def compress(
@@ -158,7 +166,7 @@ def compress(
     also: Sequence[tuple[float, Loss]] = (),
     extractor: str | Extractor = "efficientnet-lite0",
     steps: int = 1000,
-    dtype: Literal["auto", "int8", "bf16", "f32"] = "int8",
+    dtype: NumberFormat = "int8",
     seed: int = 0,
     folder: Path | None = None,
     progress: Progress | None = None,
@@ -359,7 +367,7 @@ class _Job:
         importance: str,
         schedule: str,
         permute: bool,
-        dtype: Literal["auto", "int8", "bf16", "f32"],
+        dtype: NumberFormat,
         seed: int,
         folder: Path | None,
         progress: Progress | None,
@@ -385,8 +393,7 @@ class _Job:
         return self.sample(n, torch.Generator().manual_seed(self.seed + offset))
 
     def calibration(self) -> list[Inputs]:
-        generator = torch.Generator().manual_seed(self.seed + _CALIBRATION)
-        return [self.sample(CALIBRATION_BATCH, generator) for _ in range(CALIBRATION_BATCHES)]
+        return _calibration(self.sample, self.seed)
 
     def check_inputs(self) -> None:
         try:
@@ -669,9 +676,7 @@ class _Job:
 
     def swapped(self, pruned: nn.Module) -> nn.Module:
         self.report("swap", 0, 1)
-        # The sample that decides by its time is one latent: what someone waits for.
-        config = SwapConfig(dtype=self.dtype, calibration=self.calibration(), percentile=_PERCENTILE)
-        swapped = swap_to_sparse(pruned, config, example_inputs=self.drawn(1, _CALIBRATION))
+        swapped = _swapped(pruned, self.sample, self.dtype, self.seed)
         self.report("swap", 1, 1)
         return swapped
 
@@ -726,6 +731,17 @@ class _Job:
             "psnr of int8": mean_psnr(int8, f32),
             "speedup": self.speed(swapped),
         }
+
+
+def _calibration(sample: SampleInputs, seed: int) -> list[Inputs]:
+    generator = torch.Generator().manual_seed(seed + _CALIBRATION)
+    return [sample(CALIBRATION_BATCH, generator) for _ in range(CALIBRATION_BATCHES)]
+
+
+def _swapped(pruned: nn.Module, sample: SampleInputs, dtype: NumberFormat, seed: int) -> nn.Module:
+    config = SwapConfig(dtype=dtype, calibration=_calibration(sample, seed), percentile=_PERCENTILE)
+    # The sample that decides by its time is one latent: what someone waits for.
+    return swap_to_sparse(pruned, config, sample(1, torch.Generator().manual_seed(seed + _CALIBRATION)))
 
 
 def _narrowed(model: nn.Module, sample: SampleInputs, plan: Plan, fit: bool = False) -> nn.Module:

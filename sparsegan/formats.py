@@ -443,7 +443,7 @@ def has_four_bits(packed: PackedWeight) -> bool:
 
 
 def narrowed(field: str, tensor: Tensor) -> Tensor:
-    """A tensor of `as_dict` as files hold it; `from_dict` takes both.
+    """A tensor of `as_dict` as files hold it; see `widened`.
 
     cols in 16 bits where they fit: 32 would be a fifth of a file of int8 blocks of 16 weights. values of int8 that all lie in
     -7..7 two to a byte, see `pack_nibbles`.
@@ -452,6 +452,15 @@ def narrowed(field: str, tensor: Tensor) -> Tensor:
         return tensor.to(torch.int16)
     if field == "values" and _fits_four_bits(tensor) and tensor.shape[-1] % 2 == 0:
         return pack_nibbles(tensor)
+    return tensor
+
+
+def widened(field: str, tensor: Tensor) -> Tensor:
+    """The inverse of `narrowed`; what is not narrow stays as it is."""
+    if field == "cols" and tensor.dtype == torch.int16:
+        return tensor.to(torch.int32)
+    if field == "values" and tensor.dtype == torch.uint8:
+        return unpack_nibbles(tensor)
     return tensor
 
 
@@ -480,12 +489,7 @@ def from_dict(tensors: Mapping[str, Tensor], in_channels: int, taps: int) -> Pac
     if not set(FIELDS) <= set(tensors) <= {*FIELDS, "metadata"}:
         came = ", ".join(sorted(tensors)) or "none"
         raise ValueError(f"packed weight: wanted the tensors {', '.join(FIELDS)}, got {came}")
-    cols, values = tensors["cols"], tensors["values"]
-    if cols.dtype == torch.int16:
-        tensors = {**tensors, "cols": cols.to(torch.int32)}
-    if values.dtype == torch.uint8:
-        tensors = {**tensors, "values": unpack_nibbles(values)}
-    packed = _packed(tensors, in_channels, taps)
+    packed = _packed({field: widened(field, t) for field, t in tensors.items()}, in_channels, taps)
     validate(packed)
     return packed
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sparsegan.formats import FIELDS, PackedWeight, from_dict, narrowed
+from sparsegan.formats import FIELDS, PackedWeight, from_dict, narrowed, widened
 from sparsegan.graph import ARITHMETIC, CheckInputs, Expression, lookup
 from sparsegan.layers import SparseProgram
 from sparsegan.ops.program import Program, tensors
@@ -53,6 +53,7 @@ def describe_graph(model: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Ten
     """The JSON of `model` and its tensors by name. Raises ValueError for what cannot be saved."""
     held: dict[str, Tensor] = {}
     programs, nodes = {}, []
+    names: dict[int, str] = {}
     check: dict[str, Any] = {"wanted": [], "equations": []}
     for node in sorted(model.graph.nodes, key=lambda node: node.op != "placeholder"):
         entry: dict[str, Any] = {"name": node.name}
@@ -73,7 +74,9 @@ def describe_graph(model: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Ten
                         f"a graph that calls a {type(module).__name__}, {node.target}, cannot be saved"
                     )
                 if node.target not in programs:
-                    programs[str(node.target)] = _describe_program(str(node.target), module.program, held)
+                    programs[str(node.target)] = _describe_program(
+                        str(node.target), module.program, held, names
+                    )
                 entry |= {"op": "program", "program": node.target, "args": _plain(node.args)}
             case "call_function":
                 entry |= {
@@ -107,12 +110,13 @@ def build_graph(
     Raises ValueError, or an error of Python's own, for what is not such a description.
     """
     take = cache(take)  # what several share is there once
+    take_wide = cache(partial(_take_wide, take))
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}
     root: dict[str, Any] = {"check_inputs": _read_check(spec["check"])}
     for name, program in spec["programs"].items():
         _check_path(name)
-        root[name] = SparseProgram(_read(Program, program, partial(_take_from, take, name)), backend)
+        root[name] = SparseProgram(_read(Program, program, partial(_take_from, take_wide, name)), backend)
     inputs: list[fx.Node] = []
     output = None
     for entry in spec["nodes"]:
@@ -157,7 +161,16 @@ def build_graph(
 
 
 def _take_from(take: Callable[[str], Tensor], program: str, name: str) -> Tensor:
-    return take(f"{program}.{name}")
+    return take(name[1:] if name.startswith("/") else f"{program}.{name}")
+
+
+def _take_wide(take: Callable[[str], Tensor], name: str) -> Tensor:
+    return widened(_field(name), take(name))
+
+
+def _field(name: str) -> str:
+    """ "values" of "program_2.step3_values"."""
+    return name.rpartition(".")[2].partition("_")[2]
 
 
 def _name_of(target: Any) -> str:
@@ -276,18 +289,24 @@ def _read_check(spec: Mapping[str, Any]) -> CheckInputs:
     return CheckInputs(wanted, [(read(left), read(right)) for left, right in spec["equations"]])
 
 
-def _describe_program(name: str, program: Program, held: dict[str, Tensor]) -> Any:
-    """The fields of a program; its tensors, by the names that `program.tensors` gives them, go to `held`."""
-    names: dict[int, str] = {}
+def _describe_program(name: str, program: Program, held: dict[str, Tensor], names: dict[int, str]) -> Any:
+    """The fields of a program; its tensors, by the names that `program.tensors` gives them, go to `held`.
+
+    names: of all tensors of the programs before this one, by id. What it shares with one of them is held once, under the name
+    that it has there: "/program_0.step1_values".
+    """
+    own: dict[int, str] = {}
     for key, tensor in tensors(program).items():
+        full = f"{name}.{key}"
         if id(tensor) not in names:
-            names[id(tensor)] = key
-            _, _, field = key.partition("_")  # "step3_values"
-            held[f"{name}.{key}"] = narrowed(field, tensor)
+            names[id(tensor)] = full
+            held[full] = narrowed(_field(full), tensor)
+        if names[id(tensor)] == full:
+            own[id(tensor)] = key
 
     def describe(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return names[id(value)]
+            return own.get(id(value), f"/{names[id(value)]}")
         if is_dataclass(value):
             return {part.name: describe(getattr(value, part.name)) for part in fields(value)}
         return [describe(part) for part in value] if isinstance(value, tuple) else value

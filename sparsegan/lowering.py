@@ -43,8 +43,8 @@ DTYPES = {"int8": torch.int8, "int4": torch.int8, "bf16": torch.bfloat16, "f32":
 _SLOTS: dict[NumberFormat, SlotFormat] = {"int8": "u8", "int4": "u8", "bf16": "bf16", "f32": "f32"}
 _ALIGNMENT = {"u8": 4, "bf16": 2, "f32": 1}
 _NONE = Act()
-# Packed weights by what they were made from: name, number format, scale of the input, digest of weight and bias.
-PackedBefore: TypeAlias = dict[tuple[str, str, float, bytes], PackedWeight]
+# Packed weights, for inputs of scale 1, by what they were made from: number format, digest of weight, bias and window.
+PackedBefore: TypeAlias = dict[tuple[str, bytes], PackedWeight]
 
 
 class RefusedError(ValueError):
@@ -647,27 +647,34 @@ class _Layout:
         return self._prescaled(step, weight)
 
     def _weight(self, gemm: Gemm, x_scale: float) -> PackedWeight:
-        """The packed weight of a layer. Raises RefusedError for one that cannot be packed."""
-        format, digest = self._format_of(gemm.layer), hashlib.sha256()
+        """The packed weight of a layer. Raises RefusedError for one that cannot be packed.
+
+        A layer that is called again, as in a recurrent network, shares the tensors of its first call: they then stay in the
+        caches of the CPU, and lie in files once.
+        """
+        format = self._format_of(gemm.layer)
+        window = (gemm.kernel_size, gemm.stride, gemm.padding, gemm.dilation)
+        digest = hashlib.sha256(repr((gemm.kind, gemm.groups, gemm.weight.shape, window)).encode())
         for tensor in (gemm.weight, gemm.bias):
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        key = (gemm.name, format, x_scale, digest.digest())
+        key = (format, digest.digest())
         if key not in self._packed:
-            window = (gemm.kernel_size, gemm.stride, gemm.padding, gemm.dilation)
             order = tap_order(*window) if gemm.kind == "conv_transpose2d" else None
             try:
                 self._packed[key] = pack_weight(
                     gemm.weight,
                     gemm.bias,
                     DTYPES[format],
-                    x_scale=x_scale,
                     order=order,
                     groups=gemm.groups,
                     weight_bits=4 if format == "int4" else 8,
                 )
             except ValueError as error:
                 raise RefusedError(gemm.name, str(error)) from error
-        return self._packed[key]
+        packed = self._packed[key]
+        if DTYPES[format] != torch.int8:
+            return packed
+        return replace(packed, scale=packed.scale * torch.tensor(x_scale, dtype=torch.float32))
 
     def _prescaled(self, step: Step, weight: PackedWeight) -> Step:
         """The step with the scale of the only slot it stores in folded into its weight, where that is the same."""

@@ -277,8 +277,8 @@ def rewrite(path, *, content=None, tensors=None, **metadata):
 
 
 def test_wrong_versions_and_foreign_files(file):
-    rewrite(file, version="3")
-    with pytest.raises(ValueError, match="format version 3, this sparsegan reads 1 and 2"):
+    rewrite(file, version="4")
+    with pytest.raises(ValueError, match="format version 4, this sparsegan reads 1, 2, 3"):
         load(file)
     rewrite(file, version="1", format="other")
     with pytest.raises(ValueError, match=r"not one that sparsegan\.save wrote"):
@@ -375,6 +375,43 @@ def test_hostile_graphs(graph_file, edit):
     rewrite_graph(graph_file, edit)
     with pytest.raises(ValueError, match=r"describes no model|unknown"):
         load(graph_file)
+
+
+class Repeated(nn.Module):
+    """One layer, called three times with an operator between that no program has."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = torch.cos(self.layer(x))
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["int8", "f32"])
+def test_a_layer_that_is_called_again_is_held_once(tmp_path, dtype):
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    captured = capture(Repeated().eval(), (x,))
+    model = lower(captured, observe(captured, [(x,)]), default=dtype).model
+    assert len([m for m in model.modules() if isinstance(m, SparseProgram)]) == 3
+    path = tmp_path / "m.safetensors"
+    save(model, path)
+    with safe_open(path, framework="pt") as opened:
+        values = [name for name in opened.keys() if name.endswith("_values")]  # noqa: SIM118
+    assert len(values) == 1
+    again = load(path)
+    for one in (model, again):
+        for field in ("values", "cols", "tap_ptr"):
+            assert len({t.data_ptr() for name, t in one.state_dict().items() if name.endswith(field)}) == 1
+    assert torch.equal(again(x), model(x))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+    rewrite_graph(path, lambda g: g["programs"]["program_1"]["steps"][1]["weight"].update(cols="/nowhere"))
+    with pytest.raises(ValueError, match="nowhere is missing"):
+        load(path)
 
 
 def unsaveable():

@@ -237,6 +237,27 @@ def test_the_result_is_one_object_that_can_be_saved(tmp_path: Path, result: Comp
             Compressed.load(tmp_path, generator(), latents)
 
 
+class Stubborn(nn.Module):
+    """A class of its own, which no graph is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = generator()
+
+    def forward(self, z: Tensor) -> Tensor:
+        images: Tensor = self.layers(z)
+        return images if float(images.detach().sum()) < 1e9 else images / 2
+
+
+def test_a_model_that_no_file_can_describe_is_swapped_again(tmp_path: Path):
+    settings: dict[str, Any] = {"sparsity": 0.5, "steps": 2, "method": "blocks", "perceptual": None}
+    made = compress(Stubborn().eval(), latents, folder=tmp_path, **settings)
+    assert isinstance(made.model, Stubborn) and not (tmp_path / "swapped.safetensors").exists()
+    again = Compressed.load(tmp_path, Stubborn().eval(), latents)
+    assert torch.equal(again.pruned(*UNSEEN), made.pruned(*UNSEEN)) and again.report == made.report
+    assert mean_psnr(again.model(*UNSEEN), made.pruned(*UNSEEN)) > 25
+
+
 class Killed(Exception):
     pass
 

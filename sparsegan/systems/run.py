@@ -55,7 +55,7 @@ def run_system(
     settings: Settings | None = None,
     *,
     data: Path | None = None,
-    compress_steps: int = 400,
+    compress_steps: int | None = None,
     device: torch.device | str = "cpu",
     progress: Stage | None = None,
 ) -> dict[str, Any]:
@@ -63,7 +63,8 @@ def run_system(
 
     data:           a folder of pictures, idx files or an npz file, see `load_images`; None takes Fashion-MNIST where it is
                     installed.
-    compress_steps: of the distillation that follows pruning; a recipe that prunes while it trains has none.
+    compress_steps: of the distillation that follows pruning, None for the recipe's own number; a recipe that prunes while it
+                    trains has none.
     device:         that trains from images; all else, distillation too, is done on the CPU, which the fast model is for.
     out:            gets `model.safetensors` (the fast model, for `sparsegan generate` and `load`), `dense.safetensors`,
                     `samples.png`, `interpolation.png` for latents, `report.json`, and what is needed to go on after a kill.
@@ -77,6 +78,7 @@ def run_system(
         raise ValueError(f"no recipe is called {name!r}; there are {', '.join(RECIPES)}")
     recipe = RECIPES[name]
     settings = recipe.settings if settings is None else settings
+    compress_steps = recipe.compress_steps if compress_steps is None else compress_steps
     images, held = split(load_images(data, recipe.side, settings.channels), settings.seed)
     out.mkdir(parents=True, exist_ok=True)
     system = recipe.build(_on(images, device), held, settings)
@@ -94,6 +96,7 @@ def run_system(
         "what": recipe.what,
         "data": images.name,
         "settings": asdict(settings) | {"pattern": str(settings.pattern)},
+        "compress_steps": 0 if system.sparse else compress_steps,
         "train_minutes": trained.seconds / 60,
         "compress_minutes": fast.seconds / 60,
         "first_loss": trained.history[0],
