@@ -187,7 +187,7 @@ def compress(
 
     method:        "blocks" of zeros, fewer "channels", "both" (each the same share of what remains), or "auto": all three are
                    tried for a moment, at equal operations or, with `speedup`, equal measured time, and the one nearest to the
-                   dense model's images is taken.
+                   dense model's images is taken. So are, with `speedup`, blocks shared out alike and by measured latency.
     pattern, importance: of blocks, see `prune`.
     schedule:      "one-shot", "cubic" or "iterative", see `Schedule`.
     permute:       reorder channels first, so that blocks hold what belongs together (`permute_channels`).
@@ -474,29 +474,31 @@ class _Job:
         nothing = Plan(_NOTHING, str(self.pattern))
         if speedup is not None and self._speed(nothing) >= speedup * (1 - _SPEED_TOLERANCE):
             return nothing, {}
-        plans, refused = [], {}
+        plans: list[Plan] = []
+        refused: dict[str, str] = {}
         for one in methods:
             try:
-                found = (
-                    self._plan(one, DEFAULT_SPARSITY if sparsity is None else sparsity)
+                plans += (
+                    [self._plan(one, DEFAULT_SPARSITY if sparsity is None else sparsity)]
                     if speedup is None
-                    else self._plan_for(one, speedup)
+                    else self._plans_for(one, speedup)
                 )
             except (ValueError, RuntimeError) as error:  # channels that cannot go, say
                 if method != "auto" or one == "blocks":
                     raise
                 refused[one] = str(error)
-                continue
-            plans += [found] if found is not None else []
         if not plans:
             raise ValueError(
                 f"{speedup} times as fast as eager cannot be reached with {', '.join(methods)}, at most {self.fastest:.3g} "
                 "times; ask for less"
             )
-        distances = {plan.method: self._tried(plan) for plan in plans} if len(plans) > 1 else {}
+        distances = [self._tried(plan) for plan in plans] if len(plans) > 1 else [0.0]
         self.report("choose", 1, 1)
-        best = min(plans, key=lambda plan: distances.get(plan.method, 0.0))
-        return best, {"distance after a short training": distances, "refused": refused}
+        names = [plan.method + (" by latency" if plan.by_layer else "") for plan in plans]
+        return plans[distances.index(min(distances))], {
+            "distance after a short training": dict(zip(names, distances, strict=True)),
+            "refused": refused,
+        }
 
     def _plan(self, method: str, sparsity: float) -> Plan:
         """Remove this share of the multiply-adds."""
@@ -530,26 +532,35 @@ class _Job:
                 )
             )
 
-    def _plan_for(self, method: str, speedup: float) -> Plan | None:
-        """The plan that comes nearest to this speed when measured; None if it cannot be that fast."""
+    def _plans_for(self, method: str, speedup: float) -> list[Plan]:
+        """The plans that come nearest to this speed when measured, one of each way to make them that reaches it.
+
+        Blocks are shared out to all layers alike and by measured milliseconds: where most goes, what single layers cost the
+        image no longer adds up to what they cost together, and either can be the better one.
+        """
         makes: list[Callable[[float], Plan]] = [partial(self._plan, method)]
         if method == "blocks" and isinstance(self.pattern, BlockPattern):
-            makes.insert(0, self._by_latency)  # which has few steps, and may not come near enough
+            makes.append(self._by_latency)
+        tried = [trials for make in makes if (trials := self._search(make, speedup))]
+        nearest = [min(trials, key=lambda trial: trial[0]) for trials in tried]
+        # A table of latencies has few steps, and may not come near enough.
+        best = min((off for off, _ in nearest), default=0.0)
+        return [plan for off, plan in nearest if off <= max(best, _SPEED_TOLERANCE)]
+
+    def _search(self, make: Callable[[float], Plan], speedup: float) -> list[tuple[float, Plan]]:
+        """Plans of one kind with how far each is from this speed, up to one that is near enough; none where it is not reached."""
+        low, (high, reached) = 0.0, self._fastest(make)
+        self.fastest = max(self.fastest, reached)
         tried: list[tuple[float, Plan]] = []
-        for make in makes:
-            low, (high, reached) = 0.0, self._fastest(make)
-            self.fastest = max(self.fastest, reached)
-            if reached < speedup:
-                continue
-            for _ in range(_SPEED_TRIALS):
-                middle = (low + high) / 2
-                plan = make(middle)
-                reached = self._speed(plan)
-                tried.append((abs(reached / speedup - 1), plan))
-                if tried[-1][0] <= _SPEED_TOLERANCE:
-                    return plan
-                low, high = (middle, high) if reached < speedup else (low, middle)
-        return min(tried, key=lambda trial: trial[0])[1] if tried else None
+        if reached < speedup:
+            return tried
+        while len(tried) < _SPEED_TRIALS and (not tried or tried[-1][0] > _SPEED_TOLERANCE):
+            middle = (low + high) / 2
+            plan = make(middle)
+            reached = self._speed(plan)
+            tried.append((abs(reached / speedup - 1), plan))
+            low, high = (middle, high) if reached < speedup else (low, middle)
+        return tried
 
     def _by_latency(self, share: float) -> Plan:
         """The blocks whose removal saves this share of the milliseconds that blocks can save, for the least damage."""

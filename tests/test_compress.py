@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparsegan import training
-from sparsegan.compress import Compressed, compress, sweep
+from sparsegan.compress import Compressed, Plan, compress, sweep
 from sparsegan.layers import SparseProgram
 from sparsegan.patterns import BlockPattern, weight_view
 from sparsegan.prune import sparsity_report
@@ -170,14 +170,29 @@ def test_a_speed_is_reached_by_measuring(monkeypatch: pytest.MonkeyPatch):
         )
         return pruned
 
-    monkeypatch.setattr(compress_module._Job, "speed", speed)
-    monkeypatch.setattr(compress_module._Job, "swapped", swapped)
+    job = compress_module._Job
+    monkeypatch.setattr(job, "speed", speed)
+    monkeypatch.setattr(job, "swapped", swapped)
     result = run(sparsity=None, speedup=16.0, method="blocks", steps=0)
     assert result.report["speedup"] == pytest.approx(16.0, rel=0.1)
     assert 0.2 < result.report["removed"] < 0.9
     assert run(sparsity=None, speedup=9.0, method="auto", steps=0).plan.method == "nothing removed"
     with pytest.raises(ValueError, match=r"1000.* cannot be reached with blocks, at most \d+"):
         run(sparsity=None, speedup=1000.0, method="blocks", steps=0)
+    # Of two ways that reach it, the one that the images like better.
+    for better, by_latency in ((0.0, True), (2.0, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                job, "_by_latency", lambda _, share: Plan("blocks", "4x4", by_layer={"3": 0.9 * share})
+            )
+            patch.setattr(job, "_tried", lambda _, plan, better=better: better if plan.by_layer else 1.0)
+            result = run(sparsity=None, speedup=11.5, method="blocks", steps=0)
+        assert bool(result.plan.by_layer) == by_latency
+        assert result.report["distance after a short training"] == {
+            "blocks": 1.0,
+            "blocks by latency": better,
+        }
+        assert result.report["speedup"] == pytest.approx(11.5, rel=0.1)
 
 
 def mean_colours(images: Tensor) -> Tensor:
