@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -119,12 +120,18 @@ class Compressed:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             save(self.model, folder / "swapped.safetensors")
-        except ValueError:
+            described = True
+        except ValueError as error:
             (folder / "swapped.safetensors").unlink(missing_ok=True)
+            described = False
+            warnings.warn(
+                f"{error}; {folder} holds the pruned model, which is swapped again when it is loaded",
+                stacklevel=2,
+            )
         state = {name: t.detach().contiguous().clone() for name, t in self.pruned.state_dict().items()}
         write_atomically(folder / "pruned.safetensors", save_tensors(state))
         facts: dict[str, Any] = {"plan": asdict(self.plan), "settings": self.settings, "report": self.report}
-        facts |= {"history": self.history, "seconds": self.seconds}
+        facts |= {"history": self.history, "seconds": self.seconds, "swapped": described}
         write_atomically(
             folder / "compressed.json", json.dumps(finite(facts), indent=2, allow_nan=False).encode()
         )
@@ -132,6 +139,8 @@ class Compressed:
     @classmethod
     def load(cls, folder: Path, model: nn.Module, inputs: SampleInputs | Inputs) -> Compressed:
         """What `save` wrote. model: the dense model that was compressed; inputs: as for `compress`.
+
+        A swapped model that had no file is made again: what is exchanged in it is measured anew, and `report` is of the first.
 
         Raises FileNotFoundError where nothing was saved, ValueError for damaged files and another model.
         """
@@ -141,12 +150,14 @@ class Compressed:
             pruned = _narrowed(model, _sampler(inputs), plan)
             pruned.load_state_dict(load_file(folder / "pruned.safetensors"))
             rest = {name: facts[name] for name in ("settings", "report", "history", "seconds")}
-            served = {name: rest["settings"][name] for name in ("dtype", "seed")}
+            dtype, seed = rest["settings"]["dtype"], int(rest["settings"]["seed"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} does not hold a compressed model of this one: {error}") from error
         pruned = pruned.eval().requires_grad_(False)
-        path = folder / "swapped.safetensors"
-        swapped = load(path) if path.exists() else _swapped(pruned, _sampler(inputs), **served)
+        again = facts.get("swapped") is False
+        swapped = (
+            _swapped(pruned, _sampler(inputs), dtype, seed) if again else load(folder / "swapped.safetensors")
+        )
         return cls(swapped, pruned, plan, **rest)
 
 
@@ -220,7 +231,7 @@ def compress(
             "several processes would measure different times: name a method and a sparsity, or run one process"
         )
     if folder is not None and (folder / "compressed.json").exists():
-        done = Compressed.load(folder, model, inputs)
+        done = parallel.from_first(lambda: Compressed.load(folder, model, inputs))
         if done.settings != settings:
             raise ValueError(
                 f"{folder} holds the result of other settings, {done.settings}: name another folder"
@@ -492,13 +503,11 @@ class _Job:
                 f"{speedup} times as fast as eager cannot be reached with {', '.join(methods)}, at most {self.fastest:.3g} "
                 "times; ask for less"
             )
-        distances = [self._tried(plan) for plan in plans] if len(plans) > 1 else [0.0]
+        named = {plan.method + (" by latency" if plan.by_layer else ""): plan for plan in plans}
+        distances = {name: self._tried(plan) for name, plan in named.items()} if len(named) > 1 else {}
         self.report("choose", 1, 1)
-        names = [plan.method + (" by latency" if plan.by_layer else "") for plan in plans]
-        return plans[distances.index(min(distances))], {
-            "distance after a short training": dict(zip(names, distances, strict=True)),
-            "refused": refused,
-        }
+        best = min(named, key=lambda name: distances.get(name, 0.0))
+        return named[best], {"distance after a short training": distances, "refused": refused}
 
     def _plan(self, method: str, sparsity: float) -> Plan:
         """Remove this share of the multiply-adds."""
@@ -541,8 +550,15 @@ class _Job:
         makes: list[Callable[[float], Plan]] = [partial(self._plan, method)]
         if method == "blocks" and isinstance(self.pattern, BlockPattern):
             makes.append(self._by_latency)
-        tried = [trials for make in makes if (trials := self._search(make, speedup))]
-        nearest = [min(trials, key=lambda trial: trial[0]) for trials in tried]
+        nearest, refused = [], []
+        for make in makes:
+            try:
+                if trials := self._search(make, speedup):
+                    nearest.append(min(trials, key=lambda trial: trial[0]))
+            except BudgetError as error:  # one way may remove what the other cannot
+                refused.append(error)
+        if len(refused) == len(makes):
+            raise refused[0]
         # A table of latencies has few steps, and may not come near enough.
         best = min((off for off, _ in nearest), default=0.0)
         return [plan for off, plan in nearest if off <= max(best, _SPEED_TOLERANCE)]

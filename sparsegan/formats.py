@@ -112,6 +112,10 @@ class PackedWeight:
         """The tensors in the order in which the ops take them: `FIELDS`, metadata, constants. See `from_tensors`."""
         return [*as_dict(self).values(), *self.constants]
 
+    def clone(self) -> PackedWeight:
+        """The same weight in memory of its own."""
+        return from_tensors([tensor.clone() for tensor in self.tensors()], self.in_channels, self.taps)
+
     def to(self, device: str | torch.device) -> PackedWeight:
         """The same weight on another device."""
         return from_tensors([tensor.to(device) for tensor in self.tensors()], self.in_channels, self.taps)

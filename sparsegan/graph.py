@@ -232,12 +232,14 @@ def lower(
         return formats.get(layer, default)
 
     operations, reasons = _operations(captured.module, refused)
+    # Copies, in which calls of a layer share memory but no two models do: who loads other weights into one changes only that.
+    packed = {key: weight.clone() for key, weight in captured.packed.items()}
     while True:
         levels = _levels(captured.module.graph, operations, reasons)
         regions = _regions(operations, levels)
         try:
             programs = {
-                place: _program(nodes, operations, format_of, ranges or {}, residual, captured.packed)
+                place: _program(nodes, operations, format_of, ranges or {}, residual, packed)
                 for place, nodes in regions.items()
             }
             break
@@ -245,6 +247,7 @@ def lower(
             node = next(node for node in operations if node.name == error.operation)
             del operations[node]
             reasons[node] = error.reason
+    captured.packed.update({key: packed[key].clone() for key in packed.keys() - captured.packed.keys()})
     model = _assembled(captured.module, levels, regions, programs, backend)
     return Lowered(model, _table(captured, operations, reasons, format_of, [*programs.values()]))
 

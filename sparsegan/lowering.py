@@ -43,8 +43,8 @@ DTYPES = {"int8": torch.int8, "int4": torch.int8, "bf16": torch.bfloat16, "f32":
 _SLOTS: dict[NumberFormat, SlotFormat] = {"int8": "u8", "int4": "u8", "bf16": "bf16", "f32": "f32"}
 _ALIGNMENT = {"u8": 4, "bf16": 2, "f32": 1}
 _NONE = Act()
-# Packed weights, for inputs of scale 1, by what they were made from: number format, digest of weight, bias and window.
-PackedBefore: TypeAlias = dict[tuple[str, bytes], PackedWeight]
+# Packed weights, for inputs of scale 1, by what they were made from: layer, number format, digest of weight, bias and window.
+PackedBefore: TypeAlias = dict[tuple[str, str, bytes], PackedWeight]
 
 
 class RefusedError(ValueError):
@@ -649,15 +649,15 @@ class _Layout:
     def _weight(self, gemm: Gemm, x_scale: float) -> PackedWeight:
         """The packed weight of a layer. Raises RefusedError for one that cannot be packed.
 
-        A layer that is called again, as in a recurrent network, shares the tensors of its first call: they then stay in the
-        caches of the CPU, and lie in files once.
+        A layer that is called again, as in a recurrent network, shares the tensors of its first call, which lie in files once.
+        Layers that happen to be equal do not: other weights may be loaded into one of them.
         """
         format = self._format_of(gemm.layer)
         window = (gemm.kernel_size, gemm.stride, gemm.padding, gemm.dilation)
         digest = hashlib.sha256(repr((gemm.kind, gemm.groups, gemm.weight.shape, window)).encode())
         for tensor in (gemm.weight, gemm.bias):
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        key = (format, digest.digest())
+        key = (gemm.layer, format, digest.digest())
         if key not in self._packed:
             order = tap_order(*window) if gemm.kind == "conv_transpose2d" else None
             try:
@@ -674,7 +674,10 @@ class _Layout:
         packed = self._packed[key]
         if DTYPES[format] != torch.int8:
             return packed
-        return replace(packed, scale=packed.scale * torch.tensor(x_scale, dtype=torch.float32))
+        scale = packed.scale * torch.tensor(x_scale, dtype=torch.float32)
+        if not bool(scale.isfinite().all()):
+            raise RefusedError(gemm.name, f"the scale of its results, {scale.max():g}, is not finite")
+        return replace(packed, scale=scale)
 
     def _prescaled(self, step: Step, weight: PackedWeight) -> Step:
         """The step with the scale of the only slot it stores in folded into its weight, where that is the same."""

@@ -1,5 +1,6 @@
 """One file in, the same model out; and no file makes load() do anything but that or raise ValueError."""
 
+import copy
 import hashlib
 import json
 
@@ -412,6 +413,45 @@ def test_a_layer_that_is_called_again_is_held_once(tmp_path, dtype):
     rewrite_graph(path, lambda g: g["programs"]["program_1"]["steps"][1]["weight"].update(cols="/nowhere"))
     with pytest.raises(ValueError, match="nowhere is missing"):
         load(path)
+
+
+@torch.no_grad()
+def test_equal_layers_and_models_of_one_capture_share_nothing(tmp_path):
+    class Twins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.b.load_state_dict(self.a.state_dict())
+
+        def forward(self, x):
+            return self.b(torch.cos(self.a(x)))
+
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    twins = Twins().eval()
+    captured = capture(twins, (x,))
+    _, first, second = (
+        lower(captured).model for _ in range(3)
+    )  # the first packs, the others take what it packed
+    wanted = first(x)
+    nn.init.normal_(twins.b.weight)
+    other = lower(capture(twins, (x,))).model
+    second.load_state_dict(other.state_dict())
+    assert not torch.equal(other(x), wanted)
+    save(second, tmp_path / "m")
+    assert torch.equal(load(tmp_path / "m")(x), other(x))  # a and b are apart
+    assert torch.equal(copy.deepcopy(first)(x), wanted)  # so are the two models
+
+
+@torch.no_grad()
+def test_version_2_files_load(tmp_path):
+    model, inputs = graph()
+    path = tmp_path / "m"
+    save(model, path)
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+        held = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    save_file(held, path, {**metadata, "version": "2"})
+    assert torch.equal(load(path, backend="reference")(*inputs)["image"], model(*inputs)["image"])
 
 
 def unsaveable():

@@ -18,6 +18,7 @@ from sparsegan.compress import Compressed, Plan, compress, sweep
 from sparsegan.layers import SparseProgram
 from sparsegan.patterns import BlockPattern, weight_view
 from sparsegan.prune import sparsity_report
+from sparsegan.prune.allocate import BudgetError
 from sparsegan.quantize import calibrate
 from sparsegan.report import layer_results, layer_table, mean_psnr
 
@@ -193,6 +194,19 @@ def test_a_speed_is_reached_by_measuring(monkeypatch: pytest.MonkeyPatch):
             "blocks by latency": better,
         }
         assert result.report["speedup"] == pytest.approx(11.5, rel=0.1)
+    # What one way cannot remove, the other may.
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "_by_latency", lambda _, share: Plan("blocks", "4x4", by_layer={"3": 0.9 * share}))
+        patch.setattr(job, "_plan", raise_budget)
+        result = run(sparsity=None, speedup=11.5, method="blocks", steps=0)
+        assert result.plan.by_layer and result.report["distance after a short training"] == {}
+        patch.setattr(job, "_by_latency", raise_budget)
+        with pytest.raises(BudgetError):
+            run(sparsity=None, speedup=11.5, method="blocks", steps=0)
+
+
+def raise_budget(*_: object) -> Plan:
+    raise BudgetError("no more can go")
 
 
 def mean_colours(images: Tensor) -> Tensor:
@@ -266,11 +280,19 @@ class Stubborn(nn.Module):
 
 def test_a_model_that_no_file_can_describe_is_swapped_again(tmp_path: Path):
     settings: dict[str, Any] = {"sparsity": 0.5, "steps": 2, "method": "blocks", "perceptual": None}
-    made = compress(Stubborn().eval(), latents, folder=tmp_path, **settings)
+    with pytest.warns(UserWarning, match="is swapped again when it is loaded"):
+        made = compress(Stubborn().eval(), latents, folder=tmp_path, **settings)
     assert isinstance(made.model, Stubborn) and not (tmp_path / "swapped.safetensors").exists()
     again = Compressed.load(tmp_path, Stubborn().eval(), latents)
     assert torch.equal(again.pruned(*UNSEEN), made.pruned(*UNSEEN)) and again.report == made.report
     assert mean_psnr(again.model(*UNSEEN), made.pruned(*UNSEEN)) > 25
+
+
+def test_a_swapped_file_that_is_gone_is_missed(tmp_path: Path, result: Compressed):
+    result.save(tmp_path)
+    (tmp_path / "swapped.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        Compressed.load(tmp_path, generator(), latents)
 
 
 class Killed(Exception):
