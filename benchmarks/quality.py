@@ -85,13 +85,13 @@ ROWS = {
     "blocks 16x4, 75 %": Row("blocks 16x4", {"sparsity": 0.75, "pattern": BlockPattern(16, 4)}),
     "nothing fetched, 4x4, 75 %": Row("nothing fetched", {"sparsity": 0.75, "perceptual": "texture"}),
     "nothing fetched, channels, 50 %": Row(
-        "nothing fetched", {"sparsity": 0.5, "perceptual": "texture", "method": "channels"}
+        "nothing fetched", {"sparsity": 0.5, "perceptual": "texture", "method": "channels", "steps": LONG}
     ),
     "nothing fetched, channels, 75 %": Row(
         "nothing fetched", {"sparsity": 0.75, "perceptual": "texture", "method": "channels", "steps": LONGEST}
     ),
     "nothing fetched, both, 90 %": Row(
-        "nothing fetched", {"sparsity": 0.9, "perceptual": "texture", "method": "both"}
+        "nothing fetched", {"sparsity": 0.9, "perceptual": "texture", "method": "both", "steps": LONG}
     ),
 }
 
