@@ -44,7 +44,7 @@ from sparsegan.training import fast_training
 Progress: TypeAlias = Callable[[str, int, int], None]
 """``(stage, steps done, steps in all)``, the stage being "choose", "measure", "prune", "distil" or "swap"."""
 Method: TypeAlias = Literal["auto", "blocks", "channels", "both"]
-NumberFormat: TypeAlias = Literal["auto", "int8", "bf16", "f32"]
+WantedFormat: TypeAlias = Literal["auto", "int8", "bf16", "f32"]
 METHODS: tuple[Method, ...] = ("auto", "blocks", "channels", "both")
 
 CALIBRATION_BATCHES, CALIBRATION_BATCH = 4, 64
@@ -177,7 +177,7 @@ def compress(
     also: Sequence[tuple[float, Loss]] = (),
     extractor: str | Extractor = "efficientnet-lite0",
     steps: int = 1000,
-    dtype: NumberFormat = "int8",
+    dtype: WantedFormat = "int8",
     seed: int = 0,
     folder: Path | None = None,
     progress: Progress | None = None,
@@ -378,7 +378,7 @@ class _Job:
         importance: str,
         schedule: str,
         permute: bool,
-        dtype: NumberFormat,
+        dtype: WantedFormat,
         seed: int,
         folder: Path | None,
         progress: Progress | None,
@@ -765,7 +765,7 @@ def _calibration(sample: SampleInputs, seed: int) -> list[Inputs]:
     return [sample(CALIBRATION_BATCH, generator) for _ in range(CALIBRATION_BATCHES)]
 
 
-def _swapped(pruned: nn.Module, sample: SampleInputs, dtype: NumberFormat, seed: int) -> nn.Module:
+def _swapped(pruned: nn.Module, sample: SampleInputs, dtype: WantedFormat, seed: int) -> nn.Module:
     config = SwapConfig(dtype=dtype, calibration=_calibration(sample, seed), percentile=_PERCENTILE)
     # The sample that decides by its time is one latent: what someone waits for.
     return swap_to_sparse(pruned, config, sample(1, torch.Generator().manual_seed(seed + _CALIBRATION)))
