@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -377,7 +378,22 @@ def test_contestants_are_known_by_name():
         (0.25, (4, 4)),
         (0.25, (16, 4)),
         (0.1, (16, 4)),
+        (0.25, None),
+        (0.1, None),
     ]
+
+
+def test_narrower_layers_are_compared_with_themselves(case: Case):
+    case.generator = replace(
+        case.generator,
+        build=lambda: seeded(lambda: nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)), 1),
+    )
+    with torch.no_grad():
+        contender = CONTESTANTS["sparsegan 0.25 channels"].build(case)
+    assert contender.facts["macs_dense"] == 3 * 2 * 16 * 64
+    assert contender.facts["macs_executed"] == contender.facts["macs_dense"] / 4
+    error, _ = contest.compare(contender.call(), contender.reference)
+    assert error < 0.05 < contest.compare(contender.call(), case.reference)[0]
 
 
 def test_each_package_is_missed_by_its_own_contestants_only(case: Case, monkeypatch: pytest.MonkeyPatch):

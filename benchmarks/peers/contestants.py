@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from benchmarks.generators import Generator, prune_uniformly
 from sparsegan import SwapConfig, explain, swap_to_sparse
 from sparsegan.prune import count_macs
+from sparsegan.prune.channels import prune_channels
 
 THREADS = 2
+# Of the multiply-adds: half the channels of a whole network are a little more than a quarter.
+_WIDTH_TOLERANCE = 0.01
 
 Call = Callable[[], Any]
 
@@ -109,7 +112,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Contestant:
-    """density, block: of ours; of the others None."""
+    """density: of ours, the share that is kept; block: of ours with blocks; of the others None."""
 
     name: str
     build: Callable[[Case], Contender]
@@ -212,17 +215,19 @@ def _openvino(case: Case, int8: bool = False, **settings: str) -> Call:
     return lambda: request.infer([x], share_inputs=True, share_outputs=True)[0]
 
 
-def _sparsegan(density: float, block: tuple[int, int]) -> Contestant:
+def _sparsegan(density: float, change: Callable[[Case], nn.Module]) -> Callable[[Case], Contender]:
+    """Ours, of the model that ``change`` makes."""
+
     def build(case: Case) -> Contender:
-        pruned = prune_uniformly(case.copy(), density, block)
+        pruned = change(case)
         # All layers in int8, as the int8 peers are: none of them has a quality budget. The error is in the results.
         config = SwapConfig("int8", calibration=[(x,) for x in case.calibration], min_psnr=None)
         sparse = swap_to_sparse(pruned, config, (case.x,))
         explanation = explain(sparse)
-        macs, rows = count_macs(case.model, (case.x,)), explanation.rows
+        macs, rows = count_macs(pruned, (case.x,)), explanation.rows
         facts = {
             "summary": explanation.summary,
-            "macs_dense": sum(macs.values()),
+            "macs_dense": sum(count_macs(case.model, (case.x,)).values()),
             "macs_executed": sum(
                 macs.get(row.name, 0) * (row.density if row.swapped else 1.0) for row in rows
             ),
@@ -231,7 +236,32 @@ def _sparsegan(density: float, block: tuple[int, int]) -> Contestant:
         reference = case.reference if density == 1 else pruned(case.x)
         return Contender(lambda: sparse(case.x), reference, facts, sparse)
 
-    return Contestant(f"sparsegan {density:g} {block[0]}x{block[1]}", build, density, block)
+    return build
+
+
+def _blocks(density: float, block: tuple[int, int]) -> Contestant:
+    """This share of the blocks of each wide layer."""
+    name = f"sparsegan {density:g} {block[0]}x{block[1]}"
+    return Contestant(
+        name, _sparsegan(density, lambda case: prune_uniformly(case.copy(), density, block)), density, block
+    )
+
+
+def _channels(density: float) -> Contestant:
+    """This share of the multiply-adds, in narrower layers: an ordinary dense model, which a peer could run as well."""
+
+    def narrow(case: Case) -> nn.Module:
+        return prune_channels(
+            case.model,
+            (case.x,),
+            1 - density - _WIDTH_TOLERANCE,
+            align=16,
+            refit=False,
+            importance=lambda _name, _layer, view: view.abs(),
+        )
+
+    name = f"sparsegan {density:g} channels"
+    return Contestant(name, _sparsegan(density, narrow), density)
 
 
 _bf16 = torch.bfloat16
@@ -246,12 +276,14 @@ CONTESTANTS = {
         _peer("OpenVINO", _openvino),
         _peer("OpenVINO int8", partial(_openvino, int8=True, INFERENCE_PRECISION_HINT="f32")),
         _peer("OpenVINO int8 bf16", partial(_openvino, int8=True, INFERENCE_PRECISION_HINT="bf16")),
-        _sparsegan(1.0, (8, 4)),
-        _sparsegan(0.25, (8, 4)),
-        _sparsegan(0.1, (8, 4)),
-        _sparsegan(0.25, (4, 4)),
-        _sparsegan(0.25, (16, 4)),
-        _sparsegan(0.1, (16, 4)),
+        _blocks(1.0, (8, 4)),
+        _blocks(0.25, (8, 4)),
+        _blocks(0.1, (8, 4)),
+        _blocks(0.25, (4, 4)),
+        _blocks(0.25, (16, 4)),
+        _blocks(0.1, (16, 4)),
+        _channels(0.25),
+        _channels(0.1),
         _peer("ONNX Runtime", _onnxruntime),
         _peer("ONNX Runtime int8", _onnxruntime_int8),
         _peer("compile", _compile),
