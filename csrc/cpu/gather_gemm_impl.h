@@ -1036,16 +1036,18 @@ constexpr int kTileVectors = kPreparedV;   // of pixels
 constexpr int kAccWords = kGroupRows * kTileVectors * S::kLanes;
 constexpr int64_t kWeightsInL2 = 1280 << 10;
 constexpr int64_t kAhead = 2;  // steps from the copy of columns to their product
-// Copies that are used once stay in L1: steps take turns in this many, two vectors each. More than kAhead.
-constexpr int64_t kRingSteps = 4;
+// Copies that are used once stay in L1: steps take turns in this many. More than kAhead.
+constexpr int64_t kRingSteps = 3;
+// Vectors that are multiplied at once, so that four sums are: two tiles of weights by two, or one by four.
+constexpr int wide(int tiles_m) { return tiles_m == 2 ? 2 : 4; }
 constexpr int64_t kSharedSlots = 1024;  // of copies that all groups use, at most; in L2
 
 struct TileWeight : Prepared {
-  // 16 columns. Of each vector of a pair: the slot of their copy, and whether that is still to be made.
+  // 16 columns. Of each vector: the slot of their copy, and whether that is still to be made.
   struct Step {
     int32_t offsets[16];  // bytes, as in Plan
-    uint16_t slot[2];
-    bool copy[2];
+    uint16_t slot[wide(1)];
+    bool copy[wide(1)];
   };
   struct Group {
     int64_t count = 0;  // of steps
@@ -1103,21 +1105,23 @@ void order_columns(const Plan& plan, const PackedWeight& w, int64_t pair_bytes, 
 
 // The steps of these columns; pair_bytes: of vertical pairs, or 0.
 void add_steps(const Plan& plan, const std::vector<int32_t>& columns, int64_t pair_bytes, TileWeight* t) {
-  std::map<std::vector<int64_t>, int64_t> copies;  // slots, by what stands there relative to the upper vector
-  const int64_t count = int64_t(columns.size());
+  // Slots of each pair, by what stands there relative to the upper vector.
+  std::map<std::vector<int64_t>, int64_t> copies[wide(1) / 2];
+  int64_t made = 0;
+  const int64_t count = int64_t(columns.size()), vectors = wide(t->tiles_m);
   for (int64_t first = 0; first < count; first += 16) {
     TileWeight::Step step;
     for (int64_t j = 0; j < 16; j++) step.offsets[j] = plan.offsets[columns[first + j < count ? first + j : count - 1]];
-    for (int v = 0; v < 2; v++) {
-      int64_t slot = (first / 16 * 2 + v) % (2 * kRingSteps);
+    for (int64_t v = 0; v < vectors; v++) {
+      int64_t slot = (first / 16 * vectors + v) % (vectors * kRingSteps);
       step.copy[v] = true;
       if (t->shared) {
-        slot = first / 16 * 2 + v;
+        slot = first / 16 * vectors + v;
         if (pair_bytes) {
           std::vector<int64_t> from(step.offsets, step.offsets + 16);
-          for (int64_t& offset : from) offset += v * pair_bytes;
-          const auto [found, added] = copies.try_emplace(std::move(from), int64_t(copies.size()));
-          slot = found->second, step.copy[v] = added;
+          for (int64_t& offset : from) offset += v % 2 * pair_bytes;
+          const auto [found, added] = copies[v / 2].try_emplace(std::move(from), made);
+          slot = found->second, step.copy[v] = added, made += added;
         }
       }
       step.slot[v] = uint16_t(slot);
@@ -1256,12 +1260,12 @@ uint8_t* tile_memory(int64_t bytes) {
 
 // Copies the columns of an item, one step after another.
 struct ColumnCopier {
-  const uint8_t* x[2];  // of its vectors; x[1] is nullptr where there is one
+  const uint8_t* x[wide(1)];  // of its vectors, nullptr where there is none
   const TileWeight::Step* step;
   uint8_t* slots;
 
   [[gnu::always_inline]] void copy(int v) const {
-    if (!step->copy[v] || (v == 1 && !x[1])) return;
+    if (!step->copy[v] || !x[v]) return;
     const uint8_t* from = x[v];
     uint8_t* const to = slots + step->slot[v] * Tiles::kBytes;
 #pragma GCC unroll 16
@@ -1269,7 +1273,7 @@ struct ColumnCopier {
   }
 };
 
-// Products of a group's weights with the copied columns of one vector or two.
+// Products of a group's weights with the copied columns of some vectors.
 struct TileProducts {
   const int8_t* tiles;
   const TileWeight::Step* step;
@@ -1277,32 +1281,50 @@ struct TileProducts {
 };
 
 // `count` steps of them. During each, the copier takes a step (of those to come) and `between` does some other work.
-template <int kTilesM, bool kTwo, bool kCopy, class Between>
+template <int kTilesM, int kVectors, bool kCopy, class Between>
 [[gnu::always_inline]] inline void multiply_steps(TileProducts* products, int64_t count, ColumnCopier* columns,
                                                   const Between& between) {
   TileProducts p = *products;  // both in registers: memory would be held up behind the stores of the copies
   ColumnCopier copier = *columns;
+  auto column = [&](int v) __attribute__((always_inline)) { return p.slots + p.step->slot[v] * Tiles::kBytes; };
+  auto copy = [&](int v) __attribute__((always_inline)) {
+    if constexpr (kCopy) copier.copy(v);
+  };
   for (int64_t s = 0; s < count; s++, p.step++, p.tiles += kTilesM * Tiles::kBytes) {
-    Tiles::load<4>(p.slots + p.step->slot[0] * Tiles::kBytes);
+    Tiles::load<4>(column(0));
     Tiles::load<6>(p.tiles);
     Tiles::dot<0, 6, 4>();
-    if constexpr (kCopy) copier.copy(0);
+    copy(0);
     if constexpr (kTilesM == 2) {
       Tiles::load<7>(p.tiles + Tiles::kBytes);
       Tiles::dot<2, 7, 4>();
     }
-    if constexpr (kTwo) {
-      Tiles::load<5>(p.slots + p.step->slot[1] * Tiles::kBytes);
+    if constexpr (kVectors > 1) {
+      Tiles::load<5>(column(1));
       if constexpr (kTilesM == 2) Tiles::dot<3, 7, 5>();
     }
-    if constexpr (kCopy) copier.copy(1), copier.step++;
-    if constexpr (kTwo) Tiles::dot<1, 6, 5>();
+    copy(1);
+    if constexpr (kVectors > 1) Tiles::dot<1, 6, 5>();
+    if constexpr (kTilesM == 1) {
+      if constexpr (kVectors > 2) {
+        Tiles::load<4>(column(2));
+        Tiles::dot<2, 6, 4>();
+      }
+      copy(2);
+      if constexpr (kVectors > 3) {
+        Tiles::load<5>(column(3));
+        Tiles::dot<3, 6, 5>();
+      }
+      copy(3);
+    }
+    if constexpr (kCopy) copier.step++;
     between();
   }
   *products = p, *columns = copier;
 }
 
-// Multiplies and finishes tiles of pixels. Its work is a stream of `items`: a group of channels, an output phase and two vectors.
+// Multiplies and finishes tiles of pixels. Its work is a stream of `items`: a group of channels, an output phase and the vectors
+// that are multiplied at once.
 // The columns of an item are copied during the products before it, and the accumulators of a group are finished during the
 // products of the next.
 template <int kTilesM>
@@ -1321,7 +1343,7 @@ class TileTask {
         last_group_(ceil_div(last_row, t_.group_rows)),
         tile_(first_tile),
         last_tile_(last_tile) {
-    const int64_t slots = t_.slots * (t_.shared ? interleave_ * kTileVectors / 2 : 2);
+    const int64_t slots = t_.slots * (t_.shared ? interleave_ * kTileVectors / kWide : 2);
     const int64_t acc_bytes = 2 * interleave_ * kAccWords * 4;
     uint8_t* const bytes = tile_memory(acc_bytes + kGroupRows * Tiles::kRowBytes + slots * Tiles::kBytes);
     acc_ = reinterpret_cast<int32_t*>(bytes);
@@ -1336,11 +1358,12 @@ class TileTask {
     for (bool more = true; more; std::swap(item, next)) {
       more = open(item, next);
       if (item->copies)  // the first item, and after items too short to look ahead
-        for (; ready < kAhead && ready < item->steps; ready++, item->copier.step++) item->copier.copy(0), item->copier.copy(1);
-      if (item->b == 0 && item->pair == 0) {
+        for (; ready < kAhead && ready < item->steps; ready++, item->copier.step++)
+          for (int v = 0; v < kWide; v++) item->copier.copy(v);
+      if (item->b == 0 && item->part == 0) {
         int64_t steps = 0;  // in which the group before can be finished
         for (int b = 0; b < interleave_; b++)
-          steps += t_.at(phase_row_ * interleave_ + b, item->group).count * ceil_div(item->tile->vectors, 2);
+          steps += t_.at(phase_row_ * interleave_ + b, item->group).count * ceil_div(item->tile->vectors, kWide);
         pieces_a_step_ = steps > 0 ? int(ceil_div(pieces_, steps)) : 0;
       }
       begin_sums(*item);
@@ -1360,6 +1383,7 @@ class TileTask {
   }
 
  private:
+  static constexpr int kWide = wide(kTilesM);
   struct Tile {
     int vectors;
     TilePixels pixels;
@@ -1369,7 +1393,7 @@ class TileTask {
   struct Item {
     Tile* tile = nullptr;
     int64_t group = 0, steps = 0;
-    int b = 0, pair = 0;
+    int b = 0, part = 0;  // of the tile's vectors
     bool copies = false;
     TileProducts products = {};
     ColumnCopier copier = {};
@@ -1379,8 +1403,8 @@ class TileTask {
   bool open(const Item* before, Item* item) {
     item->tile = before ? before->tile : nullptr;
     if (before) {
-      item->group = before->group, item->b = before->b, item->pair = before->pair + 1;
-      if (2 * item->pair >= item->tile->vectors) item->pair = 0, item->b++;
+      item->group = before->group, item->b = before->b, item->part = before->part + 1;
+      if (kWide * item->part >= item->tile->vectors) item->part = 0, item->b++;
       if (item->b == interleave_) item->b = 0, item->group++;
       if (item->group == last_group_) item->tile = nullptr;
     }
@@ -1391,21 +1415,25 @@ class TileTask {
       tile.finish.emplace(op_, split_, tile.pixels, tile.vectors, phase_row_, &tile.memory);
       item->tile = &tile;
       item->group = first_group_;
-      item->b = item->pair = 0;
+      item->b = item->part = 0;
     }
     const TileWeight::Group& g = t_.at(phase_row_ * interleave_ + item->b, item->group);
     item->steps = g.count;
     item->copies = !t_.shared || item->group == first_group_;
-    const uint8_t* const* x = item->tile->pixels.x + 2 * item->pair;
-    const bool two = 2 * item->pair + 1 < item->tile->vectors;
-    const bool vertical = two && t_.pair_bytes && x[1] - x[0] == t_.pair_bytes;
+    const uint8_t* const* x = item->tile->pixels.x + kWide * item->part;
+    const int vectors = vectors_of(*item);
+    bool vertical = t_.pair_bytes && vectors == kWide;
+    for (int v = 0; vertical && v < vectors; v += 2) vertical = x[v + 1] - x[v] == t_.pair_bytes;
     const TileWeight::Step* const step = t_.steps.data() + g.steps + (vertical ? g.count : 0);
     uint8_t* const slots =
-        slots_ + (t_.shared ? item->b * kTileVectors / 2 + item->pair : items_++ % 2) * t_.slots * Tiles::kBytes;
+        slots_ + (t_.shared ? item->b * kTileVectors / kWide + item->part : items_++ % 2) * t_.slots * Tiles::kBytes;
     item->products = {t_.tiles + g.tiles * Tiles::kBytes, step, slots};
-    item->copier = {{x[0], two ? x[1] : nullptr}, step, slots};
+    item->copier = {{}, step, slots};
+    for (int v = 0; v < vectors; v++) item->copier.x[v] = x[v];
     return true;
   }
+
+  static int vectors_of(const Item& item) { return std::min(kWide, item.tile->vectors - kWide * item.part); }
 
   void begin_sums(const Item& item) {
     if (op_.plan->init.empty()) {
@@ -1416,33 +1444,49 @@ class TileTask {
     const int64_t first = item.group * height, count = channels - first < height ? channels - first : height;
     const int32_t* from = op_.plan->init.data() + (phase_row_ * interleave_ + item.b) * channels + first;
     for (int64_t c = 0; c < count; c++) S::store(start_ + c * S::kLanes, S::set1(from[c]));
-    Tiles::load<0>(start_), Tiles::load<1>(start_);
-    if constexpr (kTilesM == 2) Tiles::load<2>(start_ + 16 * S::kLanes), Tiles::load<3>(start_ + 16 * S::kLanes);
+    const int32_t* const below = start_ + (kTilesM == 2 ? 16 * S::kLanes : 0);
+    Tiles::load<0>(start_), Tiles::load<1>(start_), Tiles::load<2>(below), Tiles::load<3>(below);
   }
 
   // Accumulators of the group that is multiplied (0) or finished (1), [group's channels][vectors][lanes].
   int32_t* sums_of(int finished, int b) { return acc_ + ((groups_ + finished) % 2 * interleave_ + b) * kAccWords; }
 
   void end_sums(const Item& item) {
-    const int64_t vectors = item.tile->vectors, stride = vectors * Tiles::kRowBytes, below = 16 * vectors * S::kLanes;
-    int32_t* acc = sums_of(0, item.b) + 2 * item.pair * S::kLanes;
+    const int64_t vectors = item.tile->vectors, stride = vectors * Tiles::kRowBytes;
+    const int count = vectors_of(item);
+    int32_t* acc = sums_of(0, item.b) + kWide * item.part * S::kLanes;
     Tiles::store<0>(acc, stride);
-    if constexpr (kTilesM == 2) Tiles::store<2>(acc + below, stride);
-    if (2 * item.pair + 1 == vectors) return;
-    Tiles::store<1>(acc + S::kLanes, stride);
-    if constexpr (kTilesM == 2) Tiles::store<3>(acc + below + S::kLanes, stride);
+    if (count > 1) Tiles::store<1>(acc + S::kLanes, stride);
+    if constexpr (kTilesM == 2) {
+      acc += 16 * vectors * S::kLanes;
+      Tiles::store<2>(acc, stride);
+      if (count > 1) Tiles::store<3>(acc + S::kLanes, stride);
+    } else {
+      if (count > 2) Tiles::store<2>(acc + 2 * S::kLanes, stride);
+      if (count > 3) Tiles::store<3>(acc + 3 * S::kLanes, stride);
+    }
+  }
+
+  template <bool kCopy, class Between>
+  void multiply_vectors(Item* item, int64_t steps, ColumnCopier* copier, const Between& between) {
+    switch (vectors_of(*item)) {
+      case 1:
+        return multiply_steps<kTilesM, 1, kCopy>(&item->products, steps, copier, between);
+      case 2:
+        return multiply_steps<kTilesM, 2, kCopy>(&item->products, steps, copier, between);
+      case 3:
+        if constexpr (kWide > 2) multiply_steps<kTilesM, 3, kCopy>(&item->products, steps, copier, between);
+        return;
+      default:
+        if constexpr (kWide > 2) multiply_steps<kTilesM, 4, kCopy>(&item->products, steps, copier, between);
+    }
   }
 
   void multiply(Item* item, int64_t steps, bool copies, ColumnCopier* copier) {
     auto between = [&] {
       for (int i = 0; i < pieces_a_step_ && pieces_ > 0; i++) finish_piece();
     };
-    if (2 * item->pair + 1 < item->tile->vectors)
-      copies ? multiply_steps<kTilesM, true, true>(&item->products, steps, copier, between)
-             : multiply_steps<kTilesM, true, false>(&item->products, steps, copier, between);
-    else
-      copies ? multiply_steps<kTilesM, false, true>(&item->products, steps, copier, between)
-             : multiply_steps<kTilesM, false, false>(&item->products, steps, copier, between);
+    copies ? multiply_vectors<true>(item, steps, copier, between) : multiply_vectors<false>(item, steps, copier, between);
   }
 
   void start_finish(const Item& item) {
