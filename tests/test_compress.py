@@ -16,9 +16,11 @@ from torch.nn.utils import parametrize
 from sparsegan import training
 from sparsegan.compress import Compressed, Plan, compress, sweep
 from sparsegan.layers import SparseProgram
+from sparsegan.metrics import TextureDistance
 from sparsegan.patterns import BlockPattern, weight_view
 from sparsegan.prune import sparsity_report
 from sparsegan.prune.allocate import BudgetError
+from sparsegan.prune.losses import Balanced, l1, l1_plus_l2
 from sparsegan.quantize import calibrate
 from sparsegan.report import layer_results, layer_table, mean_psnr
 
@@ -356,8 +358,36 @@ def test_pixels_come_first_and_then_the_perceptual_distance():
 
     run(steps=8, perceptual=distance)
     assert seen == [16, 16]
-    plain, texture = (run(steps=8, perceptual=perceptual) for perceptual in (None, "texture"))
+    plain, texture = (run(steps=8, perceptual=perceptual) for perceptual in (None, TextureDistance()))
     assert plain.history[:6] == texture.history[:6] and plain.history[6:] != texture.history[6:]
+
+
+@pytest.mark.parametrize("missing", [None, "not fetched"])
+def test_what_follows_the_pixels_is_fetched_or_learns(missing: str | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compress_module, "extractors", lambda: {"vgg16": missing})
+    asked: list[str] = []
+    monkeypatch.setattr(compress_module, "lpips", lambda name, shift: asked.append(name) or l1_plus_l2)
+    history = run(steps=8, perceptual="auto").history
+    assert asked == ([] if missing else ["vgg16"])
+    assert (history == run(steps=8, perceptual="adversary").history) == bool(missing)
+
+
+def test_each_training_has_an_adversary_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Balanced.__init__, "__defaults__", (1.0, 0))  # it counts at once
+    job_history = [run(steps=12, perceptual="adversary").history for _ in range(2)]
+    assert job_history[0] == job_history[1] != run(steps=12, perceptual=l1).history
+
+
+def test_an_adversary_wants_square_images():
+    def oblong() -> nn.Sequential:
+        return nn.Sequential(generator(), nn.AvgPool2d((1, 2))).eval()
+
+    settings = {"sparsity": 0.5, "steps": 2, "method": "blocks"}
+    with pytest.raises(
+        ValueError,
+        match=r"square images of 1 or 3 channels and 16 pixels or more, the model gives \[2, 3, 16, 8\]",
+    ):
+        compress(oblong(), latents, perceptual="adversary", **settings)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +397,7 @@ def test_pixels_come_first_and_then_the_perceptual_distance():
         ("speedup must be a positive number", {"sparsity": None, "speedup": -1.0}),
         ("max_kid must be a positive number", {"sparsity": None, "max_kid": math.nan}),
         ("unknown method 'prune'; there are: auto, blocks, channels, both", {"method": "prune"}),
-        ('perceptual is "auto", "texture", "vgg16"', {"perceptual": "vgg19"}),
+        ('perceptual is "auto", "vgg16", "adversary"', {"perceptual": "texture"}),
         ("one-shot, cubic, iterative", {"schedule": "linear", "method": "blocks", "perceptual": None}),
     ],
 )

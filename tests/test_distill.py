@@ -11,7 +11,7 @@ from sparsegan import files, training
 from sparsegan.patterns import BlockPattern
 from sparsegan.prune import prune, recover
 from sparsegan.prune.distill import Phase
-from sparsegan.prune.losses import Adversarial, LayerMatching, Weighted, l1
+from sparsegan.prune.losses import Adversarial, Balanced, LayerMatching, Weighted, l1
 from sparsegan.prune.schedule import SCHEDULES, Schedule
 
 
@@ -207,6 +207,31 @@ def test_an_adversary_learns_to_tell_the_images_apart():
     recover(pruned(), teacher(), sample, 3, batch=4, loss=Weighted((1.0, l1), (0.01, adversary)))
 
 
+def test_a_balanced_adversary_pulls_as_hard_as_its_share_and_only_once_it_has_learnt():
+    z = sample(8, torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        fake, real = pruned(0.9)(*z), teacher()(*z)
+    adversary = Adversarial(discriminator())
+    loss = Balanced(l1, adversary, share=0.5, warm_up=2)
+
+    def gradient(of):
+        image = fake.clone().requires_grad_()
+        value = of(image, real)
+        assert value.item() == pytest.approx(of(fake, real).item())
+        return torch.autograd.grad(value, image)[0]
+
+    pull = gradient(l1)
+    for _ in range(2):
+        assert torch.equal(gradient(loss), pull)
+        loss.update(fake, real)
+    push = gradient(loss) - pull
+    assert push.norm().item() == pytest.approx(0.5 * pull.norm().item(), rel=1e-4)
+    torch.testing.assert_close(push / push.norm(), (g := gradient(adversary)) / g.norm())
+    with torch.no_grad():
+        assert loss(fake, real).item() == pytest.approx(l1(fake, real).item())
+    assert torch.equal(gradient(lambda image, _: loss(image, image.detach())), torch.zeros_like(pull))
+
+
 def test_data_in_place_of_the_teacher():
     asked = []
 
@@ -281,7 +306,15 @@ class Killed(Exception):
     pass
 
 
-def interrupted(path, monkeypatch, at, **settings):
+def weighted():
+    return Weighted((1.0, l1), (0.01, Adversarial(discriminator())))
+
+
+def balanced():
+    return Weighted((1.0, Balanced(l1, Adversarial(discriminator()), warm_up=3)))
+
+
+def interrupted(path, monkeypatch, at, loss=weighted, **settings):
     """The weights after a training that was killed at a step and then started again."""
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
 
@@ -291,8 +324,7 @@ def interrupted(path, monkeypatch, at, **settings):
 
     def train(progress):
         model = pruned()
-        loss = Weighted((1.0, l1), (0.01, Adversarial(discriminator())))
-        steps = {"steps": 12, "batch": 4, "loss": loss, "state": path, "progress": progress, **settings}
+        steps = {"steps": 12, "batch": 4, "loss": loss(), "state": path, "progress": progress, **settings}
         return model, recover(model, teacher(), sample, **steps)
 
     if at:
@@ -303,9 +335,10 @@ def interrupted(path, monkeypatch, at, **settings):
     return model[3].weight.detach(), history
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch):
-    whole, history = interrupted(tmp_path / "a", monkeypatch, at=0)
-    resumed, resumed_history = interrupted(tmp_path / "b", monkeypatch, at=7)
+@pytest.mark.parametrize("loss", [weighted, balanced])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, loss):
+    whole, history = interrupted(tmp_path / "a", monkeypatch, at=0, loss=loss)
+    resumed, resumed_history = interrupted(tmp_path / "b", monkeypatch, at=7, loss=loss)
     assert torch.equal(whole, resumed) and history == resumed_history
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from sparsegan import parallel
-from sparsegan.prune.losses import Loss, l1_plus_l2
+from sparsegan.prune.losses import ADVERSARIAL_BETAS, Loss, l1_plus_l2
 from sparsegan.prune.trace import Inputs, eval_mode, image_of
 from sparsegan.training import TrainingState
 
@@ -24,6 +24,8 @@ Tighten: TypeAlias = Callable[[int], bool]
 """``steps done -> whether the masks were changed``; called before each step"""
 
 CHECKPOINT_EVERY = 25
+# Gradients change with every prune and every phase: second moments that remember 100 steps follow them.
+_BETAS = (0.9, 0.99)
 
 
 class Phase(NamedTuple):
@@ -81,8 +83,7 @@ def recover(
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
 
-    # Gradients change with every prune and every phase: second moments that remember 100 steps follow them.
-    optimiser = Adam(parameters, lr=lr, betas=(0.9, 0.99))
+    optimiser = Adam(parameters, lr=lr, betas=_BETAS)
     training = _state(model, optimiser, phases, steps, lr, seed)
     if state is not None:
         training.resume(state)
@@ -106,6 +107,7 @@ def recover(
                     training.keep()
                 for group in optimiser.param_groups:
                     group["lr"] = training.rate * lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+                    group["betas"] = ADVERSARIAL_BETAS if _learns(phase.loss) else _BETAS
                 optimiser.zero_grad()
                 value.backward()
                 optimiser.step()
@@ -160,6 +162,10 @@ def _state(
     settings = (steps, lr, seed, [(phase.share, phase.batch) for phase in phases])
     generator = torch.Generator().manual_seed(seed)
     return TrainingState({"model": model, **learners}, [optimiser, *optimisers], generator, settings)  # type: ignore[list-item]
+
+
+def _learns(loss: Loss) -> bool:
+    return isinstance(loss, nn.Module) and any(hasattr(m, "optimiser") for m in loss.modules())
 
 
 def _phase_at(phases: Sequence[Phase], progress: float, steps: int) -> Phase:

@@ -16,6 +16,10 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """``(image of the model, image of the teacher) -> scalar``, both images float32"""
 
 
+# Of Adam, for both that play a game: a first moment that remembers 10 steps follows where the other no longer is.
+ADVERSARIAL_BETAS = (0.5, 0.99)
+
+
 def l1(image: Tensor, target: Tensor) -> Tensor:
     """Mean absolute error."""
     return (image - target).abs().mean()
@@ -92,7 +96,7 @@ class Adversarial(nn.Module):
     Lim and Ye 2017, arXiv:1705.02894, section 3: the discriminator descends max(0, 1 - D(real)) + max(0, 1 + D(image)), the model
     descends -D(image). `recover` calls `update` after each step.
 
-    discriminator: images [N, C, H, W] to scores [N, ...]; trained in place by Adam (0, 0.99).
+    discriminator: images [N, C, H, W] to scores [N, ...]; trained in place by Adam (0.5, 0.99).
     data: ``number -> images``; None takes the teacher's images of the same step.
     """
 
@@ -101,7 +105,7 @@ class Adversarial(nn.Module):
     ) -> None:
         super().__init__()
         self.discriminator, self.data = discriminator, data
-        self.optimiser = torch.optim.Adam(discriminator.parameters(), lr=lr, betas=(0.0, 0.99))
+        self.optimiser = torch.optim.Adam(discriminator.parameters(), lr=lr, betas=ADVERSARIAL_BETAS)
         self._shared: list[nn.Module] = []  # a list: not a second child with the same weights
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
@@ -118,3 +122,38 @@ class Adversarial(nn.Module):
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
+
+
+class Balanced(nn.Module):
+    """A distance, and an adversary that never pulls harder than it: where the image is wrong, and how it should look.
+
+    Its value is that of the distance. Its gradient at the image is that of the distance plus that of the adversary, scaled to
+    ``share`` times its norm (own; VQGAN, Esser et al. 2021, arXiv:2012.09841, equation 7, balances weights of a layer so). With
+    a fixed weight in its place the adversary either did nothing or destroyed the image.
+
+    warm_up: updates of the adversary before its gradient counts: until then it knows nothing.
+    """
+
+    updates: Tensor
+
+    def __init__(
+        self, distance: Loss, adversary: Adversarial, share: float = 1.0, warm_up: int = 150
+    ) -> None:
+        super().__init__()
+        self.distance, self.adversary, self.share, self.warm_up = distance, adversary, share, warm_up
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, image: Tensor, target: Tensor) -> Tensor:
+        value = self.distance(image, target)
+        if not torch.is_grad_enabled() or int(self.updates) < self.warm_up:
+            return value
+        at = image.detach().requires_grad_()
+        (pull,) = torch.autograd.grad(self.distance(at, target), at)
+        (push,) = torch.autograd.grad(self.adversary(at, target), at)
+        scale = self.share * pull.norm() / push.norm().clamp_min(1e-12)
+        along = (image * (scale * push)).sum()
+        return value + along - along.detach()
+
+    def update(self, image: Tensor, target: Tensor) -> None:
+        self.adversary.update(image, target)
+        self.updates += 1
