@@ -95,7 +95,8 @@ _Seed = Annotated[int, typer.Option(help="Of every random draw.")]
 _Model = Annotated[str, typer.Argument(help=f"A trained model: {', '.join(MODELS)}.")]
 _Method = Annotated[str, typer.Option(help=f"What goes: {', '.join(METHODS)}.")]
 _Perceptual = Annotated[
-    str, typer.Option(help="What to train on after pixels: vgg16 (fetched), adversary, none, or auto.")
+    str,
+    typer.Option(help="What to train on after pixels: vgg16 (fetched), texture, adversary, none, or auto."),
 ]
 _Steps = Annotated[
     int | None,

@@ -207,10 +207,10 @@ def compress(
     pattern, importance: of blocks, see `prune`.
     schedule:      "one-shot", "cubic" or "iterative", see `Schedule`.
     permute:       reorder channels first, so that blocks hold what belongs together (`permute_channels`).
-    perceptual:    what is trained on after the pixels: "vgg16" (the distance LPIPS, fetched with pip), "adversary"
-                   (`TextureDistance` and a discriminator that learns beside the model, `Balanced`; needs nothing), any callable
-                   (image, target) -> scalar, None for pixels alone, or "auto": "vgg16" where it has been fetched, else
-                   "adversary" for square pictures of 16 pixels or more.
+    perceptual:    what is trained on after the pixels: "vgg16" (the distance LPIPS, fetched with pip), "texture"
+                   (`TextureDistance`, which needs nothing), "adversary" (that, and a discriminator that learns beside the model,
+                   `Balanced`), any callable (image, target) -> scalar, None for pixels alone, or "auto": "vgg16" where it has
+                   been fetched, else "adversary" for square pictures of 16 pixels or more.
     also:          more losses with their weights, such as `losses.Adversarial` with your discriminator or data.
     extractor:     of the features for `max_kid`, a name of `extractors()` or a callable.
     steps:         of distillation; with 0 the kept weights of blocks are fitted in closed form instead (`reconstruct`).
@@ -431,9 +431,9 @@ class _Job:
         if perceptual is None or callable(perceptual):
             self.distance = perceptual
             return
-        if perceptual not in ("auto", "vgg16", "adversary"):
+        if perceptual not in ("auto", "vgg16", "texture", "adversary"):
             raise ValueError(
-                f'perceptual is "auto", "vgg16", "adversary", a callable or None; got {perceptual!r}'
+                f'perceptual is "auto", "vgg16", "texture", "adversary", a callable or None; got {perceptual!r}'
             )
         shape = list(self.example.shape)
         pictures = len(shape) == 4 and shape[1] in (1, 3)
@@ -442,8 +442,8 @@ class _Job:
             perceptual = "vgg16" if pictures and not extractors()["vgg16"] else "adversary"
             if perceptual == "adversary" and not judged:
                 return  # vectors, such as those of an MLP, and small or oblong images: pixels alone
-        if perceptual == "vgg16" and not pictures:
-            raise ValueError(f"'vgg16' needs images [N, 1 or 3, H, W], the model gives {shape}")
+        if perceptual in ("vgg16", "texture") and not pictures:
+            raise ValueError(f"{perceptual!r} needs images [N, 1 or 3, H, W], the model gives {shape}")
         if perceptual == "adversary" and not judged:
             raise ValueError(
                 f"'adversary' needs square images of 1 or 3 channels and {_LEAST_SIDE} pixels or more, the model gives {shape}"
@@ -451,6 +451,8 @@ class _Job:
         self.adversary = perceptual == "adversary"
         if perceptual == "vgg16":
             self.distance = lpips("vgg16", shift=_SHIFT_WEIGHT)
+        elif perceptual == "texture":
+            self.distance = TextureDistance(_SHIFT_WEIGHT)
 
     def phases(self) -> list[Phase]:
         """Of a training: the picture by its pixels, then its look."""

@@ -16,7 +16,6 @@ from torch.nn.utils import parametrize
 from sparsegan import training
 from sparsegan.compress import Compressed, Plan, compress, sweep
 from sparsegan.layers import SparseProgram
-from sparsegan.metrics import TextureDistance
 from sparsegan.patterns import BlockPattern, weight_view
 from sparsegan.prune import sparsity_report
 from sparsegan.prune.allocate import BudgetError
@@ -358,7 +357,7 @@ def test_pixels_come_first_and_then_the_perceptual_distance():
 
     run(steps=8, perceptual=distance)
     assert seen == [16, 16]
-    plain, texture = (run(steps=8, perceptual=perceptual) for perceptual in (None, TextureDistance()))
+    plain, texture = (run(steps=8, perceptual=perceptual) for perceptual in (None, "texture"))
     assert plain.history[:6] == texture.history[:6] and plain.history[6:] != texture.history[6:]
 
 
@@ -397,7 +396,7 @@ def test_an_adversary_wants_square_images():
         ("speedup must be a positive number", {"sparsity": None, "speedup": -1.0}),
         ("max_kid must be a positive number", {"sparsity": None, "max_kid": math.nan}),
         ("unknown method 'prune'; there are: auto, blocks, channels, both", {"method": "prune"}),
-        ('perceptual is "auto", "vgg16", "adversary"', {"perceptual": "texture"}),
+        ('perceptual is "auto", "vgg16", "texture", "adversary"', {"perceptual": "vgg19"}),
         ("one-shot, cubic, iterative", {"schedule": "linear", "method": "blocks", "perceptual": None}),
     ],
 )
