@@ -55,9 +55,9 @@ CALIBRATION_BATCHES, CALIBRATION_BATCH = 4, 64
 # features over a batch is matched, too, because what a distribution is judged by is where its features lie: 22 -> 17.
 _PIXEL_SHARE, _PIXEL_BATCH = 0.75, 48
 _PERCEPTUAL_BATCH, _PIXEL_WEIGHT, _SHIFT_WEIGHT = 16, 0.3, 0.1
-# Where nothing is fetched, a discriminator learns to tell the model's images from its teacher's, beside a distance of textures.
-# From pixels alone, which had stopped gaining, two minutes led from 28 to (the same GAN, half the channels): with the adversary
-# 21 to 28, with both 16.
+# For long runs without fetched weights a discriminator learns to tell the images from the teacher's, beside the distance of
+# textures. From pixels alone, which had stopped gaining, two minutes led from 28 to (the same GAN, half the channels): with the
+# adversary 21 to 28, with both 16.
 _ADVERSARY_WIDTHS, _ADVERSARY_RATE, _ADVERSARY_BATCH, _LEAST_SIDE = (32, 64, 128, 256), 4e-4, 24, 16
 _FINISH_SHARE, _FINISH_RATE = 0.05, 1e-4  # of the steps, with int8 rounding, at the end
 # Of the values that enter a layer, the share that their int8 range holds. A few latents in 256 make values far beyond all others,
@@ -209,8 +209,8 @@ def compress(
     permute:       reorder channels first, so that blocks hold what belongs together (`permute_channels`).
     perceptual:    what is trained on after the pixels: "vgg16" (the distance LPIPS, fetched with pip), "texture"
                    (`TextureDistance`, which needs nothing), "adversary" (that, and a discriminator that learns beside the model,
-                   `Balanced`), any callable (image, target) -> scalar, None for pixels alone, or "auto": "vgg16" where it has
-                   been fetched, else "adversary" for square pictures of 16 pixels or more.
+                   `Balanced`; for square pictures, and worth it from about 6,000 steps on), any callable (image, target) ->
+                   scalar, None for pixels alone, or "auto": "vgg16" where it has been fetched, else "texture".
     also:          more losses with their weights, such as `losses.Adversarial` with your discriminator or data.
     extractor:     of the features for `max_kid`, a name of `extractors()` or a callable.
     steps:         of distillation; with 0 the kept weights of blocks are fitted in closed form instead (`reconstruct`).
@@ -439,9 +439,9 @@ class _Job:
         pictures = len(shape) == 4 and shape[1] in (1, 3)
         judged = pictures and shape[2] == shape[3] >= _LEAST_SIDE
         if perceptual == "auto":
-            perceptual = "vgg16" if pictures and not extractors()["vgg16"] else "adversary"
-            if perceptual == "adversary" and not judged:
-                return  # vectors, such as those of an MLP, and small or oblong images: pixels alone
+            if not pictures:
+                return  # vectors, such as those of an MLP, have no texture
+            perceptual = "texture" if extractors()["vgg16"] else "vgg16"
         if perceptual in ("vgg16", "texture") and not pictures:
             raise ValueError(f"{perceptual!r} needs images [N, 1 or 3, H, W], the model gives {shape}")
         if perceptual == "adversary" and not judged:

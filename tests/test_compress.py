@@ -362,13 +362,15 @@ def test_pixels_come_first_and_then_the_perceptual_distance():
 
 
 @pytest.mark.parametrize("missing", [None, "not fetched"])
-def test_what_follows_the_pixels_is_fetched_or_learns(missing: str | None, monkeypatch: pytest.MonkeyPatch):
+def test_what_follows_the_pixels_is_fetched_or_needs_nothing(
+    missing: str | None, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(compress_module, "extractors", lambda: {"vgg16": missing})
     asked: list[str] = []
     monkeypatch.setattr(compress_module, "lpips", lambda name, shift: asked.append(name) or l1_plus_l2)
     history = run(steps=8, perceptual="auto").history
     assert asked == ([] if missing else ["vgg16"])
-    assert (history == run(steps=8, perceptual="adversary").history) == bool(missing)
+    assert (history == run(steps=8, perceptual="texture").history) == bool(missing)
 
 
 def test_each_training_has_an_adversary_of_its_own(monkeypatch: pytest.MonkeyPatch):
