@@ -40,6 +40,7 @@ from sparsegan.quantize import calibrate
 from sparsegan.quantize.aware import quantization_aware
 from sparsegan.report import finite, mean_psnr, measure_speed
 from sparsegan.swap import SwapConfig, swap_to_sparse
+from sparsegan.train.loop import initialised
 from sparsegan.training import fast_training
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -55,9 +56,9 @@ CALIBRATION_BATCHES, CALIBRATION_BATCH = 4, 64
 # features over a batch is matched, too, because what a distribution is judged by is where its features lie: 22 -> 17.
 _PIXEL_SHARE, _PIXEL_BATCH = 0.75, 48
 _PERCEPTUAL_BATCH, _PIXEL_WEIGHT, _SHIFT_WEIGHT = 16, 0.3, 0.1
-# For long runs without fetched weights a discriminator learns to tell the images from the teacher's, beside the distance of
+# For long trainings without fetched weights a discriminator learns to tell the images from the teacher's, beside the distance of
 # textures. From pixels alone, which had stopped gaining, two minutes led from 28 to (the same GAN, half the channels): with the
-# adversary 21 to 28, with both 16.
+# adversary 21 to 28, with both 16. With 3,200 steps in all it was worse than textures alone.
 _ADVERSARY_WIDTHS, _ADVERSARY_RATE, _ADVERSARY_BATCH, _LEAST_SIDE = (32, 64, 128, 256), 4e-4, 24, 16
 _FINISH_SHARE, _FINISH_RATE = 0.05, 1e-4  # of the steps, with int8 rounding, at the end
 # Of the values that enter a layer, the share that their int8 range holds. A few latents in 256 make values far beyond all others,
@@ -209,8 +210,8 @@ def compress(
     permute:       reorder channels first, so that blocks hold what belongs together (`permute_channels`).
     perceptual:    what is trained on after the pixels: "vgg16" (the distance LPIPS, fetched with pip), "texture"
                    (`TextureDistance`, which needs nothing), "adversary" (that, and a discriminator that learns beside the model,
-                   `Balanced`; for square pictures, and worth it from about 6,000 steps on), any callable (image, target) ->
-                   scalar, None for pixels alone, or "auto": "vgg16" where it has been fetched, else "texture".
+                   `Balanced`; for long trainings of square pictures), any callable (image, target) -> scalar, None for pixels
+                   alone, or "auto": "vgg16" where it has been fetched, else "texture".
     also:          more losses with their weights, such as `losses.Adversarial` with your discriminator or data.
     extractor:     of the features for `max_kid`, a name of `extractors()` or a callable.
     steps:         of distillation; with 0 the kept weights of blocks are fitted in closed form instead (`reconstruct`).
@@ -399,7 +400,7 @@ class _Job:
         )
         self.report = progress or (lambda stage, done, total: None)
         self.distance: Loss | None = None
-        self.adversary = False  # one learns beside the model, in place of a distance
+        self.adversary = False  # one learns beside the model
         self.also: Sequence[tuple[float, Loss]] = ()
         self.settings: dict[str, Any] = {}
         self.fastest = 0.0
@@ -437,43 +438,40 @@ class _Job:
             )
         shape = list(self.example.shape)
         pictures = len(shape) == 4 and shape[1] in (1, 3)
-        judged = pictures and shape[2] == shape[3] >= _LEAST_SIDE
         if perceptual == "auto":
             if not pictures:
                 return  # vectors, such as those of an MLP, have no texture
             perceptual = "texture" if extractors()["vgg16"] else "vgg16"
-        if perceptual in ("vgg16", "texture") and not pictures:
+        if not pictures:
             raise ValueError(f"{perceptual!r} needs images [N, 1 or 3, H, W], the model gives {shape}")
-        if perceptual == "adversary" and not judged:
-            raise ValueError(
-                f"'adversary' needs square images of 1 or 3 channels and {_LEAST_SIDE} pixels or more, the model gives {shape}"
-            )
         self.adversary = perceptual == "adversary"
-        if perceptual == "vgg16":
-            self.distance = lpips("vgg16", shift=_SHIFT_WEIGHT)
-        elif perceptual == "texture":
-            self.distance = TextureDistance(_SHIFT_WEIGHT)
+        if self.adversary and not shape[2] == shape[3] >= _LEAST_SIDE:
+            raise ValueError(
+                f"'adversary' needs square images of {_LEAST_SIDE} pixels or more, the model gives {shape}"
+            )
+        self.distance = (
+            lpips("vgg16", shift=_SHIFT_WEIGHT) if perceptual == "vgg16" else TextureDistance(_SHIFT_WEIGHT)
+        )
 
     def phases(self) -> list[Phase]:
-        """Of a training: the picture by its pixels, then its look."""
-        finer: list[tuple[float, Loss]] = [(1.0, l1_plus_l2)]
-        batch = _PERCEPTUAL_BATCH
+        """Of one training: the picture by its pixels, then its look. An adversary knows nothing of trainings before."""
+        if self.distance is None and not self.also:
+            return [Phase(1.0, l1_plus_l2, _PIXEL_BATCH)]
+        look: Loss = l1_plus_l2
+        if self.distance is not None:
+            look = Weighted((_PIXEL_WEIGHT, l1), (1.0, self.distance))
         if self.adversary:
             _, channels, _, side = self.example.shape
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                judge = conv_discriminator(channels, _ADVERSARY_WIDTHS, side=side, spectral=True).train()
-            judge = judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            look = Weighted((_PIXEL_WEIGHT, l1), (1.0, TextureDistance(_SHIFT_WEIGHT)))
-            finer = [(1.0, Balanced(look, Adversarial(judge, _ADVERSARY_RATE)))]
-            batch = _ADVERSARY_BATCH
-        elif self.distance is not None:
-            finer = [(_PIXEL_WEIGHT, l1), (1.0, self.distance)]
-        elif not self.also:
-            return [Phase(1.0, l1_plus_l2, _PIXEL_BATCH)]
+            build = partial(conv_discriminator, channels, _ADVERSARY_WIDTHS, side=side, spectral=True)
+            judge = initialised(build, self.seed).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            look = Balanced(look, Adversarial(judge, _ADVERSARY_RATE))
         return [
             Phase(_PIXEL_SHARE, l1_plus_l2, _PIXEL_BATCH),
-            Phase(1 - _PIXEL_SHARE, Weighted(*finer, *self.also), batch),
+            Phase(
+                1 - _PIXEL_SHARE,
+                Weighted((1.0, look), *self.also),
+                _ADVERSARY_BATCH if self.adversary else _PERCEPTUAL_BATCH,
+            ),
         ]
 
     # ------------------------------------------------------------------ what goes

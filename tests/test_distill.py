@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -230,6 +231,21 @@ def test_a_balanced_adversary_pulls_as_hard_as_its_share_and_only_once_it_has_le
     with torch.no_grad():
         assert loss(fake, real).item() == pytest.approx(l1(fake, real).item())
     assert torch.equal(gradient(lambda image, _: loss(image, image.detach())), torch.zeros_like(pull))
+
+
+def test_the_optimiser_forgets_faster_while_an_adversary_plays(monkeypatch):
+    seen = []
+
+    class Spy(torch.optim.Adam):
+        def step(self, closure=None):
+            seen.append(self.param_groups[0]["betas"][0])
+            return super().step(closure)
+
+    monkeypatch.setattr(sys.modules["sparsegan.prune.distill"], "Adam", Spy)
+    recover(
+        pruned(), teacher(), sample, 4, loss=[Phase(0.5, Weighted((1.0, l1)), 4), Phase(0.5, balanced(), 4)]
+    )
+    assert seen == [0.9, 0.9, 0.5, 0.5]
 
 
 def test_data_in_place_of_the_teacher():

@@ -1038,16 +1038,16 @@ constexpr int64_t kWeightsInL2 = 1280 << 10;
 constexpr int64_t kAhead = 2;  // steps from the copy of columns to their product
 // Copies that are used once stay in L1: steps take turns in this many. More than kAhead.
 constexpr int64_t kRingSteps = 3;
-// Vectors that are multiplied at once, so that four sums are: two tiles of weights by two, or one by four.
-constexpr int wide(int tiles_m) { return tiles_m == 2 ? 2 : 4; }
+// So many that four sums are made: two tiles of weights by two vectors, or one by four.
+constexpr int vectors_at_once(int tiles_m) { return tiles_m == 2 ? 2 : 4; }
 constexpr int64_t kSharedSlots = 1024;  // of copies that all groups use, at most; in L2
 
 struct TileWeight : Prepared {
   // 16 columns. Of each vector: the slot of their copy, and whether that is still to be made.
   struct Step {
     int32_t offsets[16];  // bytes, as in Plan
-    uint16_t slot[wide(1)];
-    bool copy[wide(1)];
+    uint16_t slot[vectors_at_once(1)];
+    bool copy[vectors_at_once(1)];
   };
   struct Group {
     int64_t count = 0;  // of steps
@@ -1069,7 +1069,8 @@ struct TileWeight : Prepared {
 };
 
 // Cycles of a vector, measured on Granite Rapids with two threads.
-// Products with one or two tiles of weights and their loads, which come from L2 and, of weights beyond its size, from L3.
+// Products with one or two tiles of weights and their loads, which come from L2 and, of weights beyond its size, from L3. One
+// tile: of two vectors at once. Four take less, but with 32 here dense layers took this way, too, and were slower by it.
 constexpr double product_cycles(int tiles_m, int64_t steps) {
   return (tiles_m == 2 ? 65 : 45) * (steps * tiles_m * Tiles::kBytes <= kWeightsInL2 ? 1 : 1.2);
 }
@@ -1106,9 +1107,9 @@ void order_columns(const Plan& plan, const PackedWeight& w, int64_t pair_bytes, 
 // The steps of these columns; pair_bytes: of vertical pairs, or 0.
 void add_steps(const Plan& plan, const std::vector<int32_t>& columns, int64_t pair_bytes, TileWeight* t) {
   // Slots of each pair, by what stands there relative to the upper vector.
-  std::map<std::vector<int64_t>, int64_t> copies[wide(1) / 2];
+  std::map<std::vector<int64_t>, int64_t> copies[vectors_at_once(1) / 2];
   int64_t made = 0;
-  const int64_t count = int64_t(columns.size()), vectors = wide(t->tiles_m);
+  const int64_t count = int64_t(columns.size()), vectors = vectors_at_once(t->tiles_m);
   for (int64_t first = 0; first < count; first += 16) {
     TileWeight::Step step;
     for (int64_t j = 0; j < 16; j++) step.offsets[j] = plan.offsets[columns[first + j < count ? first + j : count - 1]];
@@ -1260,7 +1261,7 @@ uint8_t* tile_memory(int64_t bytes) {
 
 // Copies the columns of an item, one step after another.
 struct ColumnCopier {
-  const uint8_t* x[wide(1)];  // of its vectors, nullptr where there is none
+  const uint8_t* x[vectors_at_once(1)];  // of its vectors, nullptr where there is none
   const TileWeight::Step* step;
   uint8_t* slots;
 
@@ -1324,9 +1325,8 @@ template <int kTilesM, int kVectors, bool kCopy, class Between>
 }
 
 // Multiplies and finishes tiles of pixels. Its work is a stream of `items`: a group of channels, an output phase and the vectors
-// that are multiplied at once.
-// The columns of an item are copied during the products before it, and the accumulators of a group are finished during the
-// products of the next.
+// that are multiplied at once. The columns of an item are copied during the products before it, and the accumulators of a group
+// are finished during the products of the next.
 template <int kTilesM>
 class TileTask {
  public:
@@ -1343,7 +1343,7 @@ class TileTask {
         last_group_(ceil_div(last_row, t_.group_rows)),
         tile_(first_tile),
         last_tile_(last_tile) {
-    const int64_t slots = t_.slots * (t_.shared ? interleave_ * kTileVectors / kWide : 2);
+    const int64_t slots = t_.slots * (t_.shared ? interleave_ * kTileVectors / kAtOnce : 2);
     const int64_t acc_bytes = 2 * interleave_ * kAccWords * 4;
     uint8_t* const bytes = tile_memory(acc_bytes + kGroupRows * Tiles::kRowBytes + slots * Tiles::kBytes);
     acc_ = reinterpret_cast<int32_t*>(bytes);
@@ -1359,11 +1359,11 @@ class TileTask {
       more = open(item, next);
       if (item->copies)  // the first item, and after items too short to look ahead
         for (; ready < kAhead && ready < item->steps; ready++, item->copier.step++)
-          for (int v = 0; v < kWide; v++) item->copier.copy(v);
+          for (int v = 0; v < kAtOnce; v++) item->copier.copy(v);
       if (item->b == 0 && item->part == 0) {
         int64_t steps = 0;  // in which the group before can be finished
         for (int b = 0; b < interleave_; b++)
-          steps += t_.at(phase_row_ * interleave_ + b, item->group).count * ceil_div(item->tile->vectors, kWide);
+          steps += t_.at(phase_row_ * interleave_ + b, item->group).count * ceil_div(item->tile->vectors, kAtOnce);
         pieces_a_step_ = steps > 0 ? int(ceil_div(pieces_, steps)) : 0;
       }
       begin_sums(*item);
@@ -1383,7 +1383,7 @@ class TileTask {
   }
 
  private:
-  static constexpr int kWide = wide(kTilesM);
+  static constexpr int kAtOnce = vectors_at_once(kTilesM);
   struct Tile {
     int vectors;
     TilePixels pixels;
@@ -1404,7 +1404,7 @@ class TileTask {
     item->tile = before ? before->tile : nullptr;
     if (before) {
       item->group = before->group, item->b = before->b, item->part = before->part + 1;
-      if (kWide * item->part >= item->tile->vectors) item->part = 0, item->b++;
+      if (kAtOnce * item->part >= item->tile->vectors) item->part = 0, item->b++;
       if (item->b == interleave_) item->b = 0, item->group++;
       if (item->group == last_group_) item->tile = nullptr;
     }
@@ -1420,20 +1420,20 @@ class TileTask {
     const TileWeight::Group& g = t_.at(phase_row_ * interleave_ + item->b, item->group);
     item->steps = g.count;
     item->copies = !t_.shared || item->group == first_group_;
-    const uint8_t* const* x = item->tile->pixels.x + kWide * item->part;
+    const uint8_t* const* x = item->tile->pixels.x + kAtOnce * item->part;
     const int vectors = vectors_of(*item);
-    bool vertical = t_.pair_bytes && vectors == kWide;
+    bool vertical = t_.pair_bytes && vectors == kAtOnce;
     for (int v = 0; vertical && v < vectors; v += 2) vertical = x[v + 1] - x[v] == t_.pair_bytes;
     const TileWeight::Step* const step = t_.steps.data() + g.steps + (vertical ? g.count : 0);
     uint8_t* const slots =
-        slots_ + (t_.shared ? item->b * kTileVectors / kWide + item->part : items_++ % 2) * t_.slots * Tiles::kBytes;
+        slots_ + (t_.shared ? item->b * kTileVectors / kAtOnce + item->part : items_++ % 2) * t_.slots * Tiles::kBytes;
     item->products = {t_.tiles + g.tiles * Tiles::kBytes, step, slots};
     item->copier = {{}, step, slots};
     for (int v = 0; v < vectors; v++) item->copier.x[v] = x[v];
     return true;
   }
 
-  static int vectors_of(const Item& item) { return std::min(kWide, item.tile->vectors - kWide * item.part); }
+  static int vectors_of(const Item& item) { return std::min(kAtOnce, item.tile->vectors - kAtOnce * item.part); }
 
   void begin_sums(const Item& item) {
     if (op_.plan->init.empty()) {
@@ -1454,7 +1454,7 @@ class TileTask {
   void end_sums(const Item& item) {
     const int64_t vectors = item.tile->vectors, stride = vectors * Tiles::kRowBytes;
     const int count = vectors_of(item);
-    int32_t* acc = sums_of(0, item.b) + kWide * item.part * S::kLanes;
+    int32_t* acc = sums_of(0, item.b) + kAtOnce * item.part * S::kLanes;
     Tiles::store<0>(acc, stride);
     if (count > 1) Tiles::store<1>(acc + S::kLanes, stride);
     if constexpr (kTilesM == 2) {
@@ -1475,10 +1475,10 @@ class TileTask {
       case 2:
         return multiply_steps<kTilesM, 2, kCopy>(&item->products, steps, copier, between);
       case 3:
-        if constexpr (kWide > 2) multiply_steps<kTilesM, 3, kCopy>(&item->products, steps, copier, between);
+        if constexpr (kAtOnce > 2) multiply_steps<kTilesM, 3, kCopy>(&item->products, steps, copier, between);
         return;
       default:
-        if constexpr (kWide > 2) multiply_steps<kTilesM, 4, kCopy>(&item->products, steps, copier, between);
+        if constexpr (kAtOnce > 2) multiply_steps<kTilesM, 4, kCopy>(&item->products, steps, copier, between);
     }
   }
 

@@ -165,6 +165,7 @@ def _state(
 
 
 def _learns(loss: Loss) -> bool:
+    # not by `update`, which `Weighted` has whatever its parts are
     return isinstance(loss, nn.Module) and any(hasattr(m, "optimiser") for m in loss.modules())
 
 

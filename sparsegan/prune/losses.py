@@ -125,7 +125,7 @@ class Adversarial(nn.Module):
 
 
 class Balanced(nn.Module):
-    """A distance, and an adversary that never pulls harder than it: where the image is wrong, and how it should look.
+    """A distance, and an adversary that is held in proportion to it: where the image is wrong, and how it should look.
 
     Its value is that of the distance. Its gradient at the image is that of the distance plus that of the adversary, scaled to
     ``share`` times its norm (own; VQGAN, Esser et al. 2021, arXiv:2012.09841, equation 7, balances weights of a layer so). With
@@ -140,15 +140,17 @@ class Balanced(nn.Module):
         self, distance: Loss, adversary: Adversarial, share: float = 1.0, warm_up: int = 150
     ) -> None:
         super().__init__()
-        self.distance, self.adversary, self.share, self.warm_up = distance, adversary, share, warm_up
+        self.adversary, self.share, self.warm_up = adversary, share, warm_up
+        self._distance = (distance,)  # a tuple: not registered, because a fixed distance has nothing to save
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
-        value = self.distance(image, target)
+        (distance,) = self._distance
+        value = distance(image, target)
         if not torch.is_grad_enabled() or int(self.updates) < self.warm_up:
             return value
         at = image.detach().requires_grad_()
-        (pull,) = torch.autograd.grad(self.distance(at, target), at)
+        (pull,) = torch.autograd.grad(distance(at, target), at)
         (push,) = torch.autograd.grad(self.adversary(at, target), at)
         scale = self.share * pull.norm() / push.norm().clamp_min(1e-12)
         along = (image * (scale * push)).sum()
