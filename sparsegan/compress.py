@@ -56,9 +56,16 @@ CALIBRATION_BATCHES, CALIBRATION_BATCH = 4, 64
 # features over a batch is matched, too, because what a distribution is judged by is where its features lie: 22 -> 17.
 _PIXEL_SHARE, _PIXEL_BATCH = 0.75, 48
 _PERCEPTUAL_BATCH, _PIXEL_WEIGHT, _SHIFT_WEIGHT = 16, 0.3, 0.1
-# For long trainings without fetched weights a discriminator learns to tell the images from the teacher's, beside the distance of
-# textures. From pixels alone, which had stopped gaining, two minutes led from 28 to (the same GAN, half the channels): with the
-# adversary 21 to 28, with both 16. With 3,200 steps in all it was worse than textures alone.
+# Where nothing is fetched, what helps depends on how much is left, and on time (that GAN, narrower; KID of scaled features).
+# Textures help where half is left: 1,600 steps 8.8, pixels alone 12.1; at a quarter 88.7 and 48.9; at a tenth they spoil what
+# pixels learnt: 117 -> 182.
+_TEXTURED_LEFT = 0.35
+# In long trainings a discriminator learns beside the model to tell its images from the teacher's. At a quarter it led in 550
+# steps from 28.4, where pixels alone had stopped gaining, to 14.3 beside textures (to 25 beside pixels); at a tenth, beside
+# textures, from 117 to 163. It wants a constant rate and few steps: once it is ahead of the model, its gradient spoils the
+# images. 100 steps more, with int8 rounding, gave 17.1 in int8, another 100 21.3.
+_ADVERSARY_STEPS, _ADVERSARY_LEFT = 6400, 0.15
+_ADVERSARY_PHASE, _ADVERSARY_FINISH, _ADVERSARY_PACE = 500, 100, 2e-4
 _ADVERSARY_WIDTHS, _ADVERSARY_RATE, _ADVERSARY_BATCH, _LEAST_SIDE = (32, 64, 128, 256), 4e-4, 24, 16
 _FINISH_SHARE, _FINISH_RATE = 0.05, 1e-4  # of the steps, with int8 rounding, at the end
 # Of the values that enter a layer, the share that their int8 range holds. A few latents in 256 make values far beyond all others,
@@ -211,7 +218,8 @@ def compress(
     perceptual:    what is trained on after the pixels: "vgg16" (the distance LPIPS, fetched with pip), "texture"
                    (`TextureDistance`, which needs nothing), "adversary" (that, and a discriminator that learns beside the model,
                    `Balanced`; for long trainings of square pictures), any callable (image, target) -> scalar, None for pixels
-                   alone, or "auto": "vgg16" where it has been fetched, else "texture".
+                   alone. "auto" takes "vgg16" where it has been fetched, else what served best by how much is left and by
+                   `steps`: "adversary" from 6,400 steps on, else "texture"; None where less than 0.15, else 0.35, is left.
     also:          more losses with their weights, such as `losses.Adversarial` with your discriminator or data.
     extractor:     of the features for `max_kid`, a name of `extractors()` or a callable.
     steps:         of distillation; with 0 the kept weights of blocks are fitted in closed form instead (`reconstruct`).
@@ -400,7 +408,7 @@ class _Job:
         )
         self.report = progress or (lambda stage, done, total: None)
         self.distance: Loss | None = None
-        self.adversary = False  # one learns beside the model
+        self.adversary: bool | None = False  # whether one learns beside the model; None: `phases` decides
         self.also: Sequence[tuple[float, Loss]] = ()
         self.settings: dict[str, Any] = {}
         self.fastest = 0.0
@@ -438,14 +446,15 @@ class _Job:
             )
         shape = list(self.example.shape)
         pictures = len(shape) == 4 and shape[1] in (1, 3)
+        self.adversary = perceptual == "adversary"
         if perceptual == "auto":
             if not pictures:
                 return  # vectors, such as those of an MLP, have no texture
             perceptual = "texture" if extractors()["vgg16"] else "vgg16"
+            self.adversary = None if perceptual == "texture" else False
         if not pictures:
             raise ValueError(f"{perceptual!r} needs images [N, 1 or 3, H, W], the model gives {shape}")
-        self.adversary = perceptual == "adversary"
-        if self.adversary and not shape[2] == shape[3] >= _LEAST_SIDE:
+        if self.adversary and not self.judgeable:
             raise ValueError(
                 f"'adversary' needs square images of {_LEAST_SIDE} pixels or more, the model gives {shape}"
             )
@@ -453,26 +462,48 @@ class _Job:
             lpips("vgg16", shift=_SHIFT_WEIGHT) if perceptual == "vgg16" else TextureDistance(_SHIFT_WEIGHT)
         )
 
-    def phases(self) -> list[Phase]:
+    @property
+    def judgeable(self) -> bool:
+        """Whether the discriminator takes such images."""
+        _, _, height, width = self.example.shape
+        return bool(height == width >= _LEAST_SIDE)
+
+    @property
+    def look(self) -> Loss:
+        """How far images are from the teacher's, to someone who looks at them."""
+        if self.distance is None:
+            return l1_plus_l2
+        return Weighted((_PIXEL_WEIGHT, l1), (1.0, self.distance))
+
+    def phases(self, plan: Plan, steps: int) -> list[Phase]:
         """Of one training: the picture by its pixels, then its look. An adversary knows nothing of trainings before."""
-        if self.distance is None and not self.also:
+        look, adversary = self.look, self.adversary
+        if adversary is None:
+            left = self.left(plan)
+            adversary = steps >= _ADVERSARY_STEPS and self.judgeable and left >= _ADVERSARY_LEFT
+            if not adversary and left < _TEXTURED_LEFT:
+                look = l1_plus_l2
+        if look is l1_plus_l2 and not self.also:
             return [Phase(1.0, l1_plus_l2, _PIXEL_BATCH)]
-        look: Loss = l1_plus_l2
-        if self.distance is not None:
-            look = Weighted((_PIXEL_WEIGHT, l1), (1.0, self.distance))
-        if self.adversary:
+        if adversary:
             _, channels, _, side = self.example.shape
             build = partial(conv_discriminator, channels, _ADVERSARY_WIDTHS, side=side, spectral=True)
             judge = initialised(build, self.seed).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             look = Balanced(look, Adversarial(judge, _ADVERSARY_RATE))
-        return [
-            Phase(_PIXEL_SHARE, l1_plus_l2, _PIXEL_BATCH),
-            Phase(
-                1 - _PIXEL_SHARE,
-                Weighted((1.0, look), *self.also),
-                _ADVERSARY_BATCH if self.adversary else _PERCEPTUAL_BATCH,
-            ),
-        ]
+        share = 1 - _PIXEL_SHARE
+        last = Phase(share, Weighted((1.0, look), *self.also), _PERCEPTUAL_BATCH)
+        if adversary:
+            share = min(share, _ADVERSARY_PHASE / steps)
+            last = last._replace(share=share, batch=_ADVERSARY_BATCH, rate=_ADVERSARY_PACE)
+        return [Phase(1 - share, l1_plus_l2, _PIXEL_BATCH), last]
+
+    def left(self, plan: Plan) -> float:
+        """The share of the dense model's multiply-adds that a plan leaves."""
+        one = self.drawn(1)
+        macs = count_macs(_narrowed(self.teacher, self.sample, plan), one)
+        even = plan.sparsity or 0.0
+        kept = sum(n * (1 - plan.by_layer.get(name, even)) for name, n in macs.items())
+        return kept / sum(count_macs(self.teacher, one).values())
 
     # ------------------------------------------------------------------ what goes
 
@@ -559,7 +590,7 @@ class _Job:
         inputs = self.drawn(_RACE_SAMPLES, _RACE)
         with torch.no_grad():
             return float(
-                self.phases()[-1].loss(
+                Weighted((1.0, self.look), *self.also)(
                     image_of(small(*inputs)).float(), image_of(self.teacher(*inputs)).float()
                 )
             )
@@ -683,12 +714,14 @@ class _Job:
         """The pruned model, taught. name: of the state that is kept."""
         self.report("prune", 0, 1)
         model, tighten = self._start(plan, steps=steps, fit=not steps)
-        phases = self.phases()
+        phases = self.phases(plan, steps) if steps else []
         self.report("prune", 1, 1)
         history: list[float] = []
         if steps:
             self.report("distil", 0, steps)
             finish = round(steps * _FINISH_SHARE) if self.dtype in ("int8", "auto") else 0
+            if phases[-1].rate is not None:
+                finish = min(finish, _ADVERSARY_FINISH)
 
             def shown(offset: int) -> Callable[[int, float], None]:
                 return lambda done, loss: self.report("distil", offset + done, steps)

@@ -361,20 +361,59 @@ def test_pixels_come_first_and_then_the_perceptual_distance():
     assert plain.history[:6] == texture.history[:6] and plain.history[6:] != texture.history[6:]
 
 
-@pytest.mark.parametrize("missing", [None, "not fetched"])
-def test_what_follows_the_pixels_is_fetched_or_needs_nothing(
-    missing: str | None, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(compress_module, "extractors", lambda: {"vgg16": missing})
+@pytest.fixture
+def nothing_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compress_module, "extractors", lambda: {"vgg16": "not fetched"})
+    monkeypatch.setattr(Balanced.__init__, "__defaults__", (1.0, 0))  # the adversary counts at once
+
+
+def test_what_was_fetched_follows_the_pixels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compress_module, "extractors", lambda: {"vgg16": None})
     asked: list[str] = []
     monkeypatch.setattr(compress_module, "lpips", lambda name, shift: asked.append(name) or l1_plus_l2)
-    history = run(steps=8, perceptual="auto").history
-    assert asked == ([] if missing else ["vgg16"])
-    assert (history == run(steps=8, perceptual="texture").history) == bool(missing)
+    run(steps=8, perceptual="auto")
+    assert asked == ["vgg16"]
 
 
-def test_each_training_has_an_adversary_of_its_own(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Balanced.__init__, "__defaults__", (1.0, 0))  # it counts at once
+# What long is, and how much has to be left for an adversary and for textures, of half.
+@pytest.mark.parametrize(
+    ("long", "judged", "textured", "follows"),
+    [
+        (8, 0.48, 0.9, "adversary"),
+        (8, 0.52, 0.48, "texture"),
+        (9, 0.1, 0.48, "texture"),
+        (9, 0.1, 0.52, None),
+    ],
+)
+def test_where_nothing_is_fetched_length_and_what_is_left_decide(
+    long: int,
+    judged: float,
+    textured: float,
+    follows: str | None,
+    nothing_fetched: None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(compress_module, "_ADVERSARY_STEPS", long)
+    monkeypatch.setattr(compress_module, "_ADVERSARY_LEFT", judged)
+    monkeypatch.setattr(compress_module, "_TEXTURED_LEFT", textured)
+    found = run(steps=8, sparsity=0.5, perceptual="auto").history
+    assert found == run(steps=8, sparsity=0.5, perceptual=follows).history
+    assert found != run(steps=8, sparsity=0.5, perceptual="texture" if follows is None else None).history
+
+
+@pytest.mark.parametrize("method", ["blocks", "channels", "both"])
+def test_what_is_left_is_what_was_not_removed(
+    method: str, nothing_fetched: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(compress_module, "_ADVERSARY_STEPS", 1)
+    job, seen = compress_module._Job, []
+    left = job.left
+    monkeypatch.setattr(job, "left", lambda self, plan: seen.append(left(self, plan)) or seen[-1])
+    result = run(method=method, sparsity=0.6, steps=1, perceptual="auto")
+    assert seen == [pytest.approx(1 - result.report["removed"], abs=0.02)]
+
+
+def test_each_training_has_an_adversary_of_its_own(nothing_fetched: None, monkeypatch: pytest.MonkeyPatch):
     alone = run(steps=12, perceptual="adversary").history
     assert alone != run(steps=12, perceptual="texture").history
     # The second of two trainings in one call is as if it were the first.

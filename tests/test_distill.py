@@ -233,6 +233,29 @@ def test_a_balanced_adversary_pulls_as_hard_as_its_share_and_only_once_it_has_le
     assert torch.equal(gradient(lambda image, _: loss(image, image.detach())), torch.zeros_like(pull))
 
 
+def test_a_phase_at_a_constant_rate_gives_the_average_of_its_weights(monkeypatch):
+    rates, weights = [], []
+    monkeypatch.setattr(sys.modules["sparsegan.prune.distill"], "_AVERAGED", 3)
+
+    class Spy(torch.optim.Adam):
+        def step(self, closure=None):
+            super().step(closure)
+            rates.append(self.param_groups[0]["lr"])
+            weights.append(self.param_groups[0]["params"][0].detach().clone())
+
+    monkeypatch.setattr(sys.modules["sparsegan.prune.distill"], "Adam", Spy)
+    model = pruned()
+    recover(model, teacher(), sample, 10, lr=1e-2, loss=[Phase(0.4, l1, 4), Phase(0.6, l1, 4, 3e-3)])
+    falling = [1e-2 * 0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
+    assert rates == pytest.approx(falling + [3e-3] * 6)
+    mean = weights[4]
+    for count, new in enumerate(weights[5:], 2):
+        mean = mean + (new - mean) / min(count, 3)
+    torch.testing.assert_close(next(p for p in model.parameters() if p.requires_grad), mean)
+    with pytest.raises(ValueError, match="only the last phase"):
+        recover(pruned(), teacher(), sample, 4, loss=[Phase(0.5, l1, 4, 1e-3), Phase(0.5, l1, 4)])
+
+
 def test_the_optimiser_forgets_faster_while_an_adversary_plays(monkeypatch):
     seen = []
 
@@ -330,6 +353,10 @@ def balanced():
     return Weighted((1.0, Balanced(l1, Adversarial(discriminator()), warm_up=3)))
 
 
+def averaged():
+    return [Phase(0.3, l1, 4), Phase(0.7, balanced(), 4, 1e-3)]
+
+
 def interrupted(path, monkeypatch, at, loss=weighted, **settings):
     """The weights after a training that was killed at a step and then started again."""
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
@@ -351,7 +378,7 @@ def interrupted(path, monkeypatch, at, loss=weighted, **settings):
     return model[3].weight.detach(), history
 
 
-@pytest.mark.parametrize("loss", [weighted, balanced])
+@pytest.mark.parametrize("loss", [weighted, balanced, averaged])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, loss):
     whole, history = interrupted(tmp_path / "a", monkeypatch, at=0, loss=loss)
     resumed, resumed_history = interrupted(tmp_path / "b", monkeypatch, at=7, loss=loss)

@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam
+from torch.optim.swa_utils import AveragedModel
 
 from sparsegan import parallel
 from sparsegan.prune.losses import ADVERSARIAL_BETAS, Loss, l1_plus_l2
@@ -26,14 +27,21 @@ Tighten: TypeAlias = Callable[[int], bool]
 CHECKPOINT_EVERY = 25
 # Gradients change with every prune and every phase: second moments that remember 100 steps follow them.
 _BETAS = (0.9, 0.99)
+# Of a phase with a constant rate, the steps whose weights make up the average.
+_AVERAGED = 100
 
 
 class Phase(NamedTuple):
-    """A stretch of training: ``share`` of the steps, with its own loss and number of samples a step."""
+    """A stretch of training: ``share`` of the steps, with its own loss and number of samples a step.
+
+    rate: a constant learning rate, for the last phase alone; its result is the average of the weights over about its last
+        100 steps. An adversary wants both: at a falling rate it gets ahead of the model and spoils the images.
+    """
 
     share: float
     loss: Loss
     batch: int
+    rate: float | None = None
 
 
 def recover(
@@ -52,7 +60,7 @@ def recover(
 ) -> list[float]:
     """Train ``model`` in place to give the same images as ``teacher``; returns the loss of each step.
 
-    Adam with its learning rate falling from ``lr`` to zero along a cosine, ``batch`` samples a step. Both
+    Adam with its learning rate falling from ``lr`` to zero along a cosine (but see `Phase`), ``batch`` samples a step. Both
     models run in eval mode: norm statistics stay the teacher's, because channels that lost most of their
     inputs have tiny variances, and re-estimating them makes training unstable. Zeros held by a mask stay.
     Under ``torch.autocast("cpu", torch.bfloat16)`` a step takes about 0.6 of the time on CPUs with bfloat16
@@ -84,7 +92,9 @@ def recover(
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
 
     optimiser = Adam(parameters, lr=lr, betas=_BETAS)
-    training = _state(model, optimiser, phases, steps, lr, seed)
+    average = None if phases[-1].rate is None else AveragedModel(model, avg_fn=_averaged)
+    training = _state(model, average, optimiser, phases, steps, lr, seed)
+    falling = steps * sum(phase.share for phase in phases if phase.rate is None)
     if state is not None:
         training.resume(state)
     with ready(model), ready(teacher), torch.enable_grad():
@@ -105,12 +115,15 @@ def recover(
                 # The loss vouches for the weights it was computed with, so they are kept before they change.
                 if step % CHECKPOINT_EVERY == 0:
                     training.keep()
+                rate = phase.rate or lr * 0.5 * (1 + math.cos(math.pi * min(1.0, step / falling)))
                 for group in optimiser.param_groups:
-                    group["lr"] = training.rate * lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+                    group["lr"] = training.rate * rate
                     group["betas"] = ADVERSARIAL_BETAS if _learns(phase.loss) else _BETAS
                 optimiser.zero_grad()
                 value.backward()
                 optimiser.step()
+                if average is not None and phase.rate is not None:
+                    average.update_parameters(model)
                 if hasattr(phase.loss, "update"):
                     phase.loss.update(image.detach(), target)
             elif any(map(math.isfinite, training.history)):
@@ -127,6 +140,10 @@ def recover(
             if progress is not None:
                 progress(training.step, training.history[-1])
         optimiser.zero_grad()
+        if average is not None:
+            with torch.no_grad():
+                for parameter, mean in zip(model.parameters(), average.module.parameters(), strict=True):
+                    parameter.copy_(mean)
         if not all(bool(p.isfinite().all()) for p in parameters):
             training.roll_back()
     return training.history
@@ -144,24 +161,38 @@ def _phases(loss: str | Loss | Sequence[Phase], batch: int) -> list[Phase]:
         phases = [Phase(*phase) for phase in loss]
         if not math.isclose(sum(phase.share for phase in phases), 1) or any(p.batch < 1 for p in phases):
             raise ValueError(f"the shares of the phases must add up to 1, and batches be >= 1: {phases}")
+        if any(phase.rate is not None for phase in phases[:-1]):
+            raise ValueError(f"only the last phase can have a rate of its own: {phases}")
         return phases
     if not callable(loss) and loss != "l1+l2":
         raise ValueError(f'loss is "l1+l2" or a callable (image, target) -> scalar, or phases; got {loss!r}')
     return [Phase(1.0, loss if callable(loss) else l1_plus_l2, batch)]
 
 
+def _averaged(mean: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
+    return mean.lerp(new, max(1 / _AVERAGED, 1 / (int(count) + 1)))
+
+
 def _state(
-    model: nn.Module, optimiser: Adam, phases: Sequence[Phase], steps: int, lr: float, seed: int
+    model: nn.Module,
+    average: nn.Module | None,
+    optimiser: Adam,
+    phases: Sequence[Phase],
+    steps: int,
+    lr: float,
+    seed: int,
 ) -> TrainingState:
     """Losses that learn (an adversary) are part of the state, with their optimisers; a perceptual distance stays as it is."""
     losses = [phase.loss for phase in phases if isinstance(phase.loss, nn.Module)]
     learners = {f"loss {i}": loss for i, loss in enumerate(losses) if hasattr(loss, "update")}
-    optimisers = [
+    optimisers: list[Any] = [
         m.optimiser for loss in learners.values() for m in loss.modules() if hasattr(m, "optimiser")
     ]
-    settings = (steps, lr, seed, [(phase.share, phase.batch) for phase in phases])
+    settings = (steps, lr, seed, [(phase.share, phase.batch, phase.rate) for phase in phases])
     generator = torch.Generator().manual_seed(seed)
-    return TrainingState({"model": model, **learners}, [optimiser, *optimisers], generator, settings)  # type: ignore[list-item]
+    followers = {} if average is None else {"average": average}
+    modules = {"model": model, **followers, **learners}
+    return TrainingState(modules, [optimiser, *optimisers], generator, settings)
 
 
 def _learns(loss: Loss) -> bool:

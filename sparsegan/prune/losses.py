@@ -146,15 +146,16 @@ class Balanced(nn.Module):
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
         (distance,) = self._distance
-        value = distance(image, target)
         if not torch.is_grad_enabled() or int(self.updates) < self.warm_up:
-            return value
+            return distance(image, target)
+        # Both gradients are taken at the image, once; the model's backward pass starts from their sum.
         at = image.detach().requires_grad_()
-        (pull,) = torch.autograd.grad(distance(at, target), at)
+        value = distance(at, target)
+        (pull,) = torch.autograd.grad(value, at)
         (push,) = torch.autograd.grad(self.adversary(at, target), at)
-        scale = self.share * pull.norm() / push.norm().clamp_min(1e-12)
-        along = (image * (scale * push)).sum()
-        return value + along - along.detach()
+        push = push * (self.share * pull.norm() / push.norm().clamp_min(1e-12))
+        along = (image * (pull + push)).sum()
+        return value.detach() + along - along.detach()
 
     def update(self, image: Tensor, target: Tensor) -> None:
         self.adversary.update(image, target)
