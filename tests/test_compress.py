@@ -423,6 +423,20 @@ def test_each_training_has_an_adversary_of_its_own(nothing_fetched: None, monkey
     assert second.plan.sparsity == 0.5 and second.history == alone
 
 
+def test_an_adversary_plays_for_few_steps(nothing_fetched: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compress_module, "_ADVERSARY_PHASE", 6)
+    monkeypatch.setattr(compress_module, "_ADVERSARY_FINISH", 1)
+    trainings: list[tuple[int, float, float]] = []
+
+    def recover(model: nn.Module, *args: Any, loss: Any, **settings: Any) -> list[float]:
+        trainings.append((args[2], loss[-1].share, loss[-1].rate))
+        return [0.0] * int(args[2])
+
+    monkeypatch.setattr(compress_module, "recover", recover)
+    run(steps=60, perceptual="adversary")
+    assert trainings == [(59, 0.1, 2e-4), (1, 1.0, 2e-4)]
+
+
 def test_an_adversary_wants_square_images():
     def oblong() -> nn.Sequential:
         return nn.Sequential(generator(), nn.AvgPool2d((1, 2))).eval()
