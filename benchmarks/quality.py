@@ -54,7 +54,7 @@ class Row:
     model: str = "compress"
 
 
-# Of distillation. All that half an hour of two cores holds would be more: the longest row takes 24 minutes.
+# Of distillation. Half an hour of two cores holds more: the longest row takes 24 minutes.
 SHORT, LONG = 1600, 6400
 ROWS = {
     "dense": Row("dense", model="eager"),

@@ -62,10 +62,10 @@ _PERCEPTUAL_BATCH, _PIXEL_WEIGHT, _SHIFT_WEIGHT = 16, 0.3, 0.1
 _TEXTURED_LEFT = 0.35
 # In long trainings a discriminator learns beside the model to tell its images from the teacher's. At a quarter it led in 550
 # steps from 28.4, where pixels alone had stopped gaining, to 14.3 beside textures (to 25 beside pixels); at a tenth, beside
-# textures, from 117 to 163. It wants a constant rate and few steps: once it is ahead of the model, its gradient spoils the
-# images. 100 steps more, with int8 rounding, gave 17.1 in int8, another 100 21.3.
+# textures, from 117 to 163 (at a falling rate). It wants a constant rate and few steps: once it is ahead of the model, its
+# gradient spoils the images. 100 steps more, with int8 rounding, gave 17.1 in int8, another 100 21.3.
 _ADVERSARY_STEPS, _ADVERSARY_LEFT = 6400, 0.15
-_ADVERSARY_PHASE, _ADVERSARY_FINISH, _ADVERSARY_PACE = 500, 100, 2e-4
+_ADVERSARY_PHASE, _ADVERSARY_FINISH, _BESIDE_ADVERSARY_RATE = 500, 100, 2e-4
 _ADVERSARY_WIDTHS, _ADVERSARY_RATE, _ADVERSARY_BATCH, _LEAST_SIDE = (32, 64, 128, 256), 4e-4, 24, 16
 _FINISH_SHARE, _FINISH_RATE = 0.05, 1e-4  # of the steps, with int8 rounding, at the end
 # Of the values that enter a layer, the share that their int8 range holds. A few latents in 256 make values far beyond all others,
@@ -475,11 +475,11 @@ class _Job:
             return l1_plus_l2
         return Weighted((_PIXEL_WEIGHT, l1), (1.0, self.distance))
 
-    def phases(self, plan: Plan, steps: int) -> list[Phase]:
+    def phases(self, model: nn.Module, plan: Plan, steps: int) -> list[Phase]:
         """Of one training: the picture by its pixels, then its look. An adversary knows nothing of trainings before."""
         look, adversary = self.look, self.adversary
         if adversary is None:
-            left = self.left(plan)
+            left = self.left(model, plan)
             adversary = steps >= _ADVERSARY_STEPS and self.judgeable and left >= _ADVERSARY_LEFT
             if not adversary and left < _TEXTURED_LEFT:
                 look = l1_plus_l2
@@ -494,15 +494,16 @@ class _Job:
         last = Phase(share, Weighted((1.0, look), *self.also), _PERCEPTUAL_BATCH)
         if adversary:
             share = min(share, _ADVERSARY_PHASE / steps)
-            last = last._replace(share=share, batch=_ADVERSARY_BATCH, rate=_ADVERSARY_PACE)
+            last = last._replace(share=share, batch=_ADVERSARY_BATCH, lr=_BESIDE_ADVERSARY_RATE)
         return [Phase(1 - share, l1_plus_l2, _PIXEL_BATCH), last]
 
-    def left(self, plan: Plan) -> float:
-        """The share of the dense model's multiply-adds that a plan leaves."""
+    def left(self, narrowed: nn.Module, plan: Plan) -> float:
+        """The share of the dense model's multiply-adds that a plan leaves; narrowed: the model with its widths."""
         one = self.drawn(1)
-        macs = count_macs(_narrowed(self.teacher, self.sample, plan), one)
         even = plan.sparsity or 0.0
-        kept = sum(n * (1 - plan.by_layer.get(name, even)) for name, n in macs.items())
+        kept = sum(
+            macs * (1 - plan.by_layer.get(name, even)) for name, macs in count_macs(narrowed, one).items()
+        )
         return kept / sum(count_macs(self.teacher, one).values())
 
     # ------------------------------------------------------------------ what goes
@@ -578,8 +579,7 @@ class _Job:
         }
         if method == "channels":
             return Plan(method, blocks, widths)
-        inputs = self.drawn(1)
-        left = sum(count_macs(small, inputs).values()) / sum(count_macs(self.teacher, inputs).values())
+        left = self.left(small, Plan(method, blocks, widths))
         return Plan(method, blocks, widths, sparsity=max(0.0, 1 - (1 - sparsity) / left))
 
     def _tried(self, plan: Plan) -> float:
@@ -714,13 +714,13 @@ class _Job:
         """The pruned model, taught. name: of the state that is kept."""
         self.report("prune", 0, 1)
         model, tighten = self._start(plan, steps=steps, fit=not steps)
-        phases = self.phases(plan, steps) if steps else []
+        phases = self.phases(model, plan, steps) if steps else []
         self.report("prune", 1, 1)
         history: list[float] = []
         if steps:
             self.report("distil", 0, steps)
             finish = round(steps * _FINISH_SHARE) if self.dtype in ("int8", "auto") else 0
-            if phases[-1].rate is not None:
+            if phases[-1].lr is not None:  # an adversary plays
                 finish = min(finish, _ADVERSARY_FINISH)
 
             def shown(offset: int) -> Callable[[int, float], None]:

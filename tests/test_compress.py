@@ -20,6 +20,7 @@ from sparsegan.patterns import BlockPattern, weight_view
 from sparsegan.prune import sparsity_report
 from sparsegan.prune.allocate import BudgetError
 from sparsegan.prune.losses import Balanced, l1_plus_l2
+from sparsegan.prune.trace import count_macs
 from sparsegan.quantize import calibrate
 from sparsegan.report import layer_results, layer_table, mean_psnr
 
@@ -408,9 +409,18 @@ def test_what_is_left_is_what_was_not_removed(
     monkeypatch.setattr(compress_module, "_ADVERSARY_STEPS", 1)
     job, seen = compress_module._Job, []
     left = job.left
-    monkeypatch.setattr(job, "left", lambda self, plan: seen.append(left(self, plan)) or seen[-1])
+    monkeypatch.setattr(job, "left", lambda self, *what: seen.append(left(self, *what)) or seen[-1])
     result = run(method=method, sparsity=0.6, steps=1, perceptual="auto")
-    assert seen == [pytest.approx(1 - result.report["removed"], abs=0.02)]
+    assert seen[-1] == pytest.approx(1 - result.report["removed"], abs=0.02)
+
+
+def test_what_is_left_counts_each_layer_by_its_own_sparsity(quick: None):
+    job = compress_module._Job(
+        generator(), latents, BlockPattern(4, 4), "l1", "one-shot", False, "int8", 0, None, None
+    )
+    macs = count_macs(generator(), UNSEEN)
+    left = job.left(generator(), Plan("blocks", "4x4", by_layer={"3": 0.5}))
+    assert left == pytest.approx(1 - 0.5 * macs["3"] / sum(macs.values()))
 
 
 def test_each_training_has_an_adversary_of_its_own(nothing_fetched: None, monkeypatch: pytest.MonkeyPatch):
@@ -429,7 +439,7 @@ def test_an_adversary_plays_for_few_steps(nothing_fetched: None, monkeypatch: py
     trainings: list[tuple[int, float, float]] = []
 
     def recover(model: nn.Module, *args: Any, loss: Any, **settings: Any) -> list[float]:
-        trainings.append((args[2], loss[-1].share, loss[-1].rate))
+        trainings.append((args[2], loss[-1].share, loss[-1].lr))
         return [0.0] * int(args[2])
 
     monkeypatch.setattr(compress_module, "recover", recover)

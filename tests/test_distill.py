@@ -164,6 +164,14 @@ def test_bad_arguments(message, arguments):
         recover(pruned(), teacher(), sample, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("message", "rates"), [("only the last phase", (1e-3, None)), ("positive rate", (None, -1.0))]
+)
+def test_rates_of_phases_that_make_no_sense(message, rates):
+    with pytest.raises(ValueError, match=message):
+        recover(pruned(), teacher(), sample, 4, loss=[Phase(0.5, l1, 4, lr) for lr in rates])
+
+
 def test_a_frozen_model():
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
         recover(pruned().requires_grad_(False), teacher(), sample, 1)
@@ -252,8 +260,29 @@ def test_a_phase_at_a_constant_rate_gives_the_average_of_its_weights(monkeypatch
     for count, new in enumerate(weights[5:], 2):
         mean = mean + (new - mean) / min(count, 3)
     torch.testing.assert_close(next(p for p in model.parameters() if p.requires_grad), mean)
-    with pytest.raises(ValueError, match="only the last phase"):
-        recover(pruned(), teacher(), sample, 4, loss=[Phase(0.5, l1, 4, 1e-3), Phase(0.5, l1, 4)])
+
+
+def test_an_average_of_no_steps_undoes_nothing():
+    trained, expected = pruned(), pruned()
+    recover(trained, teacher(), sample, 1, loss=[Phase(0.9, l1, 4), Phase(0.1, l1, 4, 1e-3)])
+    recover(expected, teacher(), sample, 1, loss=[Phase(1.0, l1, 4)])
+    assert torch.equal(trained[3].weight, expected[3].weight)
+    assert not torch.equal(trained[3].weight, pruned()[3].weight)
+
+
+def test_a_spoilt_last_step_leaves_the_average_of_what_was_kept():
+    weights, model = [], pruned()
+    phases = [Phase(0.25, l1, 4), Phase(0.75, Trouble({30}, gradient=True), 4, 1e-3)]
+    recover(
+        model,
+        teacher(),
+        sample,
+        40,
+        loss=phases,
+        progress=lambda *_: weights.append(model[6].bias.detach().clone()),
+    )
+    # The weights of the phase up to step 25, when the state was kept last.
+    torch.testing.assert_close(model[6].bias.detach(), torch.stack(weights[10:25]).mean(0))
 
 
 def test_the_optimiser_forgets_faster_while_an_adversary_plays(monkeypatch):

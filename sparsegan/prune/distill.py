@@ -34,14 +34,14 @@ _AVERAGED = 100
 class Phase(NamedTuple):
     """A stretch of training: ``share`` of the steps, with its own loss and number of samples a step.
 
-    rate: a constant learning rate, for the last phase alone; its result is the average of the weights over about its last
+    lr: a constant learning rate, for the last phase alone; its result is the average of the weights over about its last
         100 steps. An adversary wants both: at a falling rate it gets ahead of the model and spoils the images.
     """
 
     share: float
     loss: Loss
     batch: int
-    rate: float | None = None
+    lr: float | None = None
 
 
 def recover(
@@ -92,9 +92,9 @@ def recover(
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
 
     optimiser = Adam(parameters, lr=lr, betas=_BETAS)
-    average = None if phases[-1].rate is None else AveragedModel(model, avg_fn=_averaged)
+    average = None if phases[-1].lr is None else AveragedModel(model, avg_fn=_averaged)
     training = _state(model, average, optimiser, phases, steps, lr, seed)
-    falling = steps * sum(phase.share for phase in phases if phase.rate is None)
+    falling = steps * sum(phase.share for phase in phases if phase.lr is None)
     if state is not None:
         training.resume(state)
     with ready(model), ready(teacher), torch.enable_grad():
@@ -115,14 +115,14 @@ def recover(
                 # The loss vouches for the weights it was computed with, so they are kept before they change.
                 if step % CHECKPOINT_EVERY == 0:
                     training.keep()
-                rate = phase.rate or lr * 0.5 * (1 + math.cos(math.pi * min(1.0, step / falling)))
+                wanted = phase.lr or lr * 0.5 * (1 + math.cos(math.pi * step / falling))
                 for group in optimiser.param_groups:
-                    group["lr"] = training.rate * rate
+                    group["lr"] = training.rate * wanted
                     group["betas"] = ADVERSARIAL_BETAS if _learns(phase.loss) else _BETAS
                 optimiser.zero_grad()
                 value.backward()
                 optimiser.step()
-                if average is not None and phase.rate is not None:
+                if average is not None and phase.lr is not None:
                     average.update_parameters(model)
                 if hasattr(phase.loss, "update"):
                     phase.loss.update(image.detach(), target)
@@ -140,12 +140,12 @@ def recover(
             if progress is not None:
                 progress(training.step, training.history[-1])
         optimiser.zero_grad()
-        if average is not None:
-            with torch.no_grad():
-                for parameter, mean in zip(model.parameters(), average.module.parameters(), strict=True):
-                    parameter.copy_(mean)
         if not all(bool(p.isfinite().all()) for p in parameters):
             training.roll_back()
+        if average is not None and average.n_averaged:  # which a last phase of no steps has not
+            # Not its buffers: masks may have changed since it was made.
+            for parameter, mean in zip(model.parameters(), average.module.parameters(), strict=True):
+                parameter.data.copy_(mean)
     return training.history
 
 
@@ -161,8 +161,10 @@ def _phases(loss: str | Loss | Sequence[Phase], batch: int) -> list[Phase]:
         phases = [Phase(*phase) for phase in loss]
         if not math.isclose(sum(phase.share for phase in phases), 1) or any(p.batch < 1 for p in phases):
             raise ValueError(f"the shares of the phases must add up to 1, and batches be >= 1: {phases}")
-        if any(phase.rate is not None for phase in phases[:-1]):
+        if any(phase.lr is not None for phase in phases[:-1]):
             raise ValueError(f"only the last phase can have a rate of its own: {phases}")
+        if phases[-1].lr is not None and not 0 < phases[-1].lr < math.inf:
+            raise ValueError(f"a phase needs a positive rate, or None: {phases}")
         return phases
     if not callable(loss) and loss != "l1+l2":
         raise ValueError(f'loss is "l1+l2" or a callable (image, target) -> scalar, or phases; got {loss!r}')
@@ -188,7 +190,7 @@ def _state(
     optimisers: list[Any] = [
         m.optimiser for loss in learners.values() for m in loss.modules() if hasattr(m, "optimiser")
     ]
-    settings = (steps, lr, seed, [(phase.share, phase.batch, phase.rate) for phase in phases])
+    settings = (steps, lr, seed, [(phase.share, phase.batch, phase.lr) for phase in phases])
     generator = torch.Generator().manual_seed(seed)
     followers = {} if average is None else {"average": average}
     modules = {"model": model, **followers, **learners}

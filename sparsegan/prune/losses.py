@@ -131,6 +131,7 @@ class Balanced(nn.Module):
     ``share`` times its norm (own; VQGAN, Esser et al. 2021, arXiv:2012.09841, equation 7, balances weights of a layer so). With
     a fixed weight in its place the adversary either did nothing or destroyed the image.
 
+    distance: of the two images and nothing else: what it sees of the model by hooks (`LayerMatching`) has no gradient here.
     warm_up: updates of the adversary before its gradient counts: until then it knows nothing.
     """
 
