@@ -19,6 +19,8 @@ constexpr int kBlockK = 4;
 
 // Input channels that share one 32-bit lane.
 constexpr int lane_channels(Format f) { return f == Format::kInt8 ? 4 : f == Format::kBFloat16 ? 2 : 1; }
+// And the number of bits of that: a division by a number that the compiler does not know is slow.
+constexpr int lane_shift(Format f) { return f == Format::kInt8 ? 2 : f == Format::kBFloat16 ? 1 : 0; }
 // Lane planes that one block of kBlockK input channels spans.
 constexpr int block_planes(Format f) { return kBlockK / lane_channels(f); }
 constexpr int element_bytes(Format f) { return 4 / lane_channels(f); }

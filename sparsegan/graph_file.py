@@ -17,11 +17,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, fx
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.fx.graph import _PyTreeInfo
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sparsegan.formats import FIELDS, PackedWeight, from_dict, narrowed, widened
-from sparsegan.graph import ARITHMETIC, CheckInputs, Expression, lookup
+from sparsegan.graph import ARITHMETIC, CheckInputs, Expression, PlainCodeGen, lookup
 from sparsegan.layers import SparseProgram
 from sparsegan.ops.program import Program, tensors
 
@@ -155,7 +155,7 @@ def build_graph(
     info = _PyTreeInfo(
         [f"x{k}" for k in range(len(takes))], tree_flatten((takes, {}))[1], tree_flatten(returns)[1]
     )
-    graph.set_codegen(_PyTreeCodeGen(info))
+    graph.set_codegen(PlainCodeGen(info))
     graph.lint()
     return fx.GraphModule(root, graph)
 

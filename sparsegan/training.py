@@ -150,12 +150,12 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fast_training() -> torch.autocast | nullcontext[None]:
-    """bfloat16 autocast where the CPU has instructions for it; elsewhere it is slower than float32.
+    """bfloat16 autocast where the CPU has a matrix unit for it; elsewhere it is slower than float32.
 
     It keeps casts of the weights until it is left: call ``torch.clear_autocast_cache()`` whenever they have changed.
     """
     capabilities = getattr(torch.cpu, "get_capabilities", None)  # torch 2.10 does not have it
-    if capabilities is not None and capabilities().get("avx512_bf16"):
+    if capabilities is not None and capabilities().get("amx_bf16"):
         return torch.autocast("cpu", torch.bfloat16)
     return nullcontext()
 

@@ -57,6 +57,7 @@ struct Epilogue {
   int residual_upsample = 1;
   Activation post_activation = Activation::kNone;
   float post_slope = 0;
+  bool bounded = false;   // |scale * sum + bias| < 2^22, whatever the input
   float* sums = nullptr;  // [tiles][2][rows * block_o] sum and sum of squares of each packed row over the pixels of each tile
   Store stores[kMaxStores];
   int store_count = 0;
@@ -90,12 +91,13 @@ struct Split {
   int64_t phase_rows = 0;             // groups of plan->interleave phases
   int64_t strip = 0;                  // groups of tiles that all row groups visit before the next tiles: their input stays in L2
   bool whole_lanes[kMaxStores] = {};  // packed rows lie in channel order, so a lane of the store is written whole
+  bool whole_fours = false;           // four packed rows hold four channels in order
   int64_t dots = 0;                   // dot products of one vector in all tasks, about: whether threads are worth waking
-  int64_t tile_groups() const { return (tiles + tile_group - 1) / tile_group; }
+  int64_t tile_groups() const { return tile_group == 1 ? tiles : (tiles + tile_group - 1) / tile_group; }
   int64_t tasks() const { return tile_groups() * row_groups * phase_rows; }
 };
 
-// float32 source of any strides (in elements); data == nullptr: only the ring and the padding channels are written.
+// float32 source of any strides (in elements).
 struct SourceTensor {
   const float* data = nullptr;
   int64_t image_stride = 0, channel_stride = 0, row_stride = 0, col_stride = 0;

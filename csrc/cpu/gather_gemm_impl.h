@@ -90,9 +90,9 @@ struct TileInput {
 // accumulators would wait for each other. (Without the long registers there is no room, and no such latency either.)
 constexpr int accumulator_sets(int r, int v) { return S::kLanes < 16 || r * v > 8 ? 1 : r * v > 4 ? 2 : 4; }
 
-// acc_out: [R][V][lanes], bits of T::Acc. Inlined into its callers, GCC 12 spills the accumulators.
-template <class T, int R, int V>
-[[gnu::noinline]] void compute_tile(const TileInput& in, int32_t* acc_out) {
+// finish(acc) takes the sums, T::Acc [R][V]. Inlined into its callers, GCC 12 spills the accumulators.
+template <class T, int R, int V, class Finish>
+[[gnu::noinline]] void compute_tile(const TileInput& in, const Finish& finish) {
   constexpr int kSteps = block_planes(T::kFormat);
   constexpr int kRowBytes = kBlockK * element_bytes(T::kFormat);
   constexpr int kSets = accumulator_sets(R, V);
@@ -130,34 +130,47 @@ template <class T, int R, int V>
   if constexpr (kSets > 1)
     for (; col != end; col++, w += R * kRowBytes) add_block(acc[0], *col, w);
 
+  if constexpr (kSets > 1)
 #pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; v++) {
+      for (int v = 0; v < V; v++)
 #pragma GCC unroll 8
-      for (int s = 1; s < kSets; s++) acc[0][r][v] = S::add(acc[0][r][v], acc[s][r][v]);
-      S::store(acc_out + (r * V + v) * S::kLanes, T::bits(acc[0][r][v]));
-    }
+        for (int s = 1; s < kSets; s++) acc[0][r][v] = S::add(acc[0][r][v], acc[s][r][v]);
+  finish(acc[0]);
 }
 
-template <class T>
-void compute_tile(int64_t block_o, int vectors, const TileInput& in, int32_t* acc) {
+template <class T, class Finish>
+void compute_tile(int64_t block_o, int vectors, const TileInput& in, const Finish& finish) {
   if (block_o == 8) {
-    if (vectors == 1) return compute_tile<T, 8, 1>(in, acc);
+    if (vectors == 1) return compute_tile<T, 8, 1>(in, finish);
     if constexpr (S::kMaxV8 >= 2)
-      if (vectors == 2) return compute_tile<T, 8, 2>(in, acc);
+      if (vectors == 2) return compute_tile<T, 8, 2>(in, finish);
     if constexpr (S::kMaxV8 >= 3)
-      if (vectors == 3) return compute_tile<T, 8, 3>(in, acc);
+      if (vectors == 3) return compute_tile<T, 8, 3>(in, finish);
   } else {
-    if (vectors == 1) return compute_tile<T, 4, 1>(in, acc);
+    if (vectors == 1) return compute_tile<T, 4, 1>(in, finish);
     if constexpr (S::kMaxV4 >= 2)
-      if (vectors == 2) return compute_tile<T, 4, 2>(in, acc);
+      if (vectors == 2) return compute_tile<T, 4, 2>(in, finish);
     if constexpr (S::kMaxV4 >= 3)
-      if (vectors == 3) return compute_tile<T, 4, 3>(in, acc);
+      if (vectors == 3) return compute_tile<T, 4, 3>(in, finish);
     if constexpr (S::kMaxV4 >= 4)
-      if (vectors == 4) return compute_tile<T, 4, 4>(in, acc);
+      if (vectors == 4) return compute_tile<T, 4, 4>(in, finish);
   }
 }
+
+// Keeps the bits of the sums, [R][V][lanes].
+template <class T>
+struct KeepSums {
+  int32_t* to;
+  template <int R, int V>
+  [[gnu::always_inline]] void operator()(const typename T::Acc (&acc)[R][V]) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) S::store(to + (r * V + v) * S::kLanes, T::bits(acc[r][v]));
+  }
+};
 
 // ---- one output pixel of an image of one pixel, int8: lanes are output channels -----------------------------------------------
 
@@ -166,32 +179,39 @@ void compute_tile(int64_t block_o, int vectors, const TileInput& in, int32_t* ac
 template <int R>
 void compute_pixel(const TileInput& in, int32_t* sums) {
   constexpr int kBlocks = S::kLanes / R;
-  auto x = [&](int64_t block) { return S::broadcast(in.x[0] + in.offsets[in.cols[block]]); };
-  S::I acc = S::set1(0);
+  const int32_t *col = in.cols, *const end = in.cols + in.blocks;
   const uint8_t* w = in.values;
-  int64_t block = 0;
-  for (; block + kBlocks <= in.blocks; block += kBlocks, w += S::kLanes * 4) {
-    S::I xs = x(block);
-    if constexpr (kBlocks == 2) xs = S::join<R>(xs, x(block + 1));
-    if constexpr (kBlocks == 4) xs = S::join<2 * R>(S::join<R>(xs, x(block + 1)), S::join<3 * R>(x(block + 2), x(block + 3)));
+  auto x = [&](int64_t i) { return S::broadcast(in.x[0] + in.offsets[col[i]]); };
+  auto add_blocks = [&](S::I& acc) __attribute__((always_inline)) {
+    S::I xs = x(0);
+    if constexpr (kBlocks == 2) xs = S::join<R>(xs, x(1));
+    if constexpr (kBlocks == 4) xs = S::join<2 * R>(S::join<R>(xs, x(1)), S::join<3 * R>(x(2), x(3)));
     S::dot8(acc, S::split_x(xs), S::split_w(S::load(w)));
-  }
-  alignas(64) int32_t lanes[S::kLanes] = {};
-  for (; block < in.blocks; block++, w += R * 4) {  // fewer blocks than fill a vector: the other lanes are zero
-    std::memcpy(lanes, w, R * 4);
-    S::dot8(acc, S::split_x(x(block)), S::split_w(S::load(lanes)));
-  }
-  S::store(lanes, acc);
-  for (int r = 0; r < R; r++) {
-    int32_t sum = in.start ? in.start[r] : 0;
-    for (int i = r; i < S::kLanes; i += R) sum += lanes[i];
-    sums[r] = sum;
-  }
+    col += kBlocks, w += S::kLanes * 4;
+  };
+  S::I acc[2] = {S::set1(0), S::set1(0)};  // by turns, since a dot product takes longer than the loads of the next
+  while (col + 2 * kBlocks <= end) add_blocks(acc[0]), add_blocks(acc[1]);
+  if (col + kBlocks <= end) add_blocks(acc[0]);
+  for (; col < end; col++, w += R * 4)  // fewer than fill a vector
+    S::dot8(acc[1], S::split_x(x(0)), S::split_w(S::as_i(S::load_partial(w, R))));
+  S::fold<R>(S::add(acc[0], acc[1]), sums);
+  for (int r = 0; in.start && r < R; r++) sums[r] += in.start[r];
 }
 
 // ---- reading a stored tensor pixel by pixel ----------------------------------------------------------------------------------
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// a / b and what is left over, of numbers not below 0. Where `a` is the less or `b` is 1, as is often so, without a division: a
+// few of those for each tile take longer than a tile with few blocks.
+struct Quotient {
+  int64_t whole, rest;
+};
+Quotient divide(int64_t a, int64_t b) {
+  if (a < b) return {0, a};
+  if (b == 1) return {a, 0};
+  return {a / b, a % b};
+}
 
 // `count` values of one channel, at every x_step-th pixel of an image row from (y, x) on.
 void load_run(const Source& s, int64_t channel, int64_t n, int64_t y, int64_t x, int64_t x_step, int64_t count, float* to) {
@@ -490,6 +510,56 @@ void finish_plain_rows(const Epilogue& e, const RowTile& tile, int first, int la
   }
 }
 
+// The same while the sums are still in registers, for steps in units of the slot (`bounded`, so that no float is too large
+// for an integer).
+template <Activation kActivation>
+struct FinishSums {
+  const float *scale, *bias;  // of the packed row
+  float slope;
+  int32_t zero;
+  const WordTarget* target;
+  template <int R, int V>
+  [[gnu::always_inline]] void operator()(const S::I (&acc)[R][V]) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < R / 4; i++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) {
+        S::I q[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+          const int r = 4 * i + j;
+          q[j] = S::round(activate<kActivation>(S::madd(S::to_float(acc[r][v]), S::set1(scale[r]), S::set1(bias[r])), slope));
+        }
+        target->put(i, v, S::pack4(q[0], q[1], q[2], q[3], zero));
+      }
+  }
+};
+
+template <Activation kActivation>
+void compute_finished(int64_t block_o, const TileInput& in, const Epilogue& e, const RowTile& tile) {
+  const float* const scale = e.scale + tile.image * e.scale_stride + tile.first;
+  const float* const bias = e.bias + tile.image * e.bias_stride + tile.first;
+  const FinishSums<kActivation> finish{scale, bias, e.slope, e.stores[0].zero, tile.target};
+  compute_tile<Int8>(block_o, tile.vectors, in, finish);
+}
+
+using ComputeFinished = void (*)(int64_t, const TileInput&, const Epilogue&, const RowTile&);
+
+// nullptr where the sums have to be kept.
+ComputeFinished choose_finished(const Epilogue& e, const bool* whole_lanes) {
+  if (!e.bounded || !is_plain(e, whole_lanes) || e.stores[0].inv_scale != 1.0f) return nullptr;
+  switch (e.activation) {
+    case Activation::kNone:
+      return compute_finished<Activation::kNone>;
+    case Activation::kRelu:  // saturation to u8 with no zero point is one already
+      return e.stores[0].zero == 0 ? compute_finished<Activation::kNone> : compute_finished<Activation::kRelu>;
+    case Activation::kLeakyRelu:
+      return compute_finished<Activation::kLeakyRelu>;
+    default:
+      return nullptr;
+  }
+}
+
 using FinishRows = void (*)(const Epilogue&, const RowTile&, int, int, int, int);
 template <class T>
 constexpr FinishRows kFinishPlainRows[kActivations] = {
@@ -518,10 +588,8 @@ int64_t vectors_per_image(const Plan& plan) {
   return plan.raster_h * ceil_div(plan.raster_w, S::kLanes);
 }
 
-// Whether packed rows fill the lanes of a store whole, channels in order.
-bool fills_lanes(const PackedWeight& w, const Store& store) {
-  const int per_lane = lane_channels(store.layout->format);
-  if (store.channel % per_lane != 0) return false;
+// Whether packed rows hold channels in order, `per_lane` at a time.
+bool holds_whole(const PackedWeight& w, int per_lane) {
   bool whole = true;
   for (int64_t r = 0; !w.in_order && per_lane > 1 && r < w.rows * w.block_o; r += per_lane) {
     const int32_t first = w.row_channels[r];
@@ -532,6 +600,12 @@ bool fills_lanes(const PackedWeight& w, const Store& store) {
     }
   }
   return whole;
+}
+
+// Whether packed rows fill the lanes of a store whole.
+bool fills_lanes(const PackedWeight& w, const Store& store) {
+  const int per_lane = lane_channels(store.layout->format);
+  return store.channel % per_lane == 0 && holds_whole(w, per_lane);
 }
 
 // Of a layer that is prepared: packed rows of a task.
@@ -561,6 +635,7 @@ Split make_split(const GatherGemm& op, int threads) {
     s.tile_group *= 2;
   s.strip = ceil_div(s.tile_groups(), ceil_div(ceil_div(s.tiles, 16), threads) * threads);
   for (int i = 0; i < op.epilogue.store_count; i++) s.whole_lanes[i] = fills_lanes(w, op.epilogue.stores[i]);
+  s.whole_fours = holds_whole(w, 4);
   const int64_t all_vectors = s.vectors * (op.per_image ? plan.in.images : 1);
   // without weights about ten instructions a vector of one channel
   s.dots = all_vectors * (op.source ? w.rows * w.block_o * 10 : w.blocks * w.block_o * block_planes(w.format));
@@ -575,7 +650,7 @@ struct Segment {
 };
 
 // Output pixels from one word of a segment to the next: 1 where all phases of an output row are interleaved.
-int64_t pixel_step(const Plan& plan) { return plan.step_w / plan.interleave; }
+int64_t pixel_step(const Plan& plan) { return divide(plan.step_w, plan.interleave).whole; }
 
 constexpr int kMaxSegments = kMaxV * S::kLanes;
 
@@ -596,41 +671,48 @@ void find_pixels(const GatherGemm& op, int64_t image, int64_t first, int vectors
   const Plan& plan = *op.plan;
   const LaneLayout& in = plan.in;
   const int64_t per_image = vectors_per_image(plan), per_row = ceil_div(plan.raster_w, S::kLanes);
+  const int64_t step = pixel_step(plan), words_in_row = step == 1 ? plan.out_w - phase.x0 : ceil_div(plan.out_w - phase.x0, step);
   const bool vertical = op.prepared && vertical_pairs(op) != 0;
   tile->image = image;
   tile->count = 0;
+  const Quotient images = divide(first, per_image);
+  int64_t n = image + images.whole, index = images.rest;
+  // of the vector's first lane
+  const Quotient rows = plan.flat ? divide(index * S::kLanes, plan.pitch) : divide(index, per_row);
+  int64_t p = rows.whole, q = plan.flat ? rows.rest : rows.rest * S::kLanes;
   for (int v = 0; v < vectors; v++) {
-    const int64_t n = image + (first + v) / per_image, index = (first + v) % per_image;
-    int64_t p, q, lanes;  // of the vector's first lane
-    if (plan.flat) {
-      p = index * S::kLanes / plan.pitch, q = index * S::kLanes % plan.pitch, lanes = S::kLanes;
-    } else {
-      p = index / per_row, q = index % per_row;
-      if (vertical) {  // down and up in bands of two rows, the last of which may have one
-        const int64_t band = index / (2 * per_row) * 2, in_band = index - band * per_row;
-        const int64_t height = band + 1 < plan.raster_h ? 2 : 1;
-        p = band + in_band % height, q = in_band / height;
-      }
-      q *= S::kLanes, lanes = plan.raster_w - q;
-      if (lanes > S::kLanes) lanes = S::kLanes;
+    int64_t row = p, col = q;
+    if (vertical) {  // down and up in bands of two rows, the last of which may have one
+      const int64_t band = index / (2 * per_row) * 2, in_band = index - band * per_row;
+      const int64_t height = band + 1 < plan.raster_h ? 2 : 1;
+      row = band + in_band % height, col = in_band / height * S::kLanes;
     }
-    const int64_t pixel = plan.pixels ? 0 : p * in.row_stride + q;
+    const int64_t lanes = plan.flat ? S::kLanes : std::min<int64_t>(plan.raster_w - col, S::kLanes);
+    const int64_t pixel = plan.pixels ? 0 : row * in.row_stride + col;
     tile->x[v] = op.in + 4 * (n * (in.batch_in_cols ? 0 : in.image_stride) + pixel);
     tile->first_pixel[v] = index * S::kLanes;
-    for (int64_t lane = 0; lane < lanes && p < plan.raster_h; p++, q = 0) {
+    for (int64_t lane = 0; lane < lanes && row < plan.raster_h; row++, col = 0) {
       // up to the end of the raster row; in a flat layout the ring pixels behind it are computed and dropped
-      int64_t run = plan.raster_w - q, pitch = plan.flat ? plan.pitch - q : lanes;
-      if (pitch > lanes - lane) pitch = lanes - lane;
-      if (run > pitch) run = pitch;
-      const int64_t y = phase.y0 + p * plan.step_h, x = phase.x0 + q * plan.step_w;
+      const int64_t pitch = std::min(plan.flat ? plan.pitch - col : lanes, lanes - lane);
+      const int64_t run = std::min(plan.raster_w - col, pitch);
+      const int64_t y = phase.y0 + row * plan.step_h, x = phase.x0 + col * plan.step_w;
       int64_t words = run * plan.interleave;
-      if (!in.batch_in_cols && words > ceil_div(plan.out_w - x, pixel_step(plan)))
-        words = ceil_div(plan.out_w - x, pixel_step(plan));
+      if (!in.batch_in_cols) words = std::min(words, words_in_row - col * plan.interleave);
       if (run > 0 && words > 0 && y < plan.out_h)
-        tile->segments[tile->count++] = {(v * S::kLanes + lane) * plan.interleave, words, in.batch_in_cols ? q : n, y,
+        tile->segments[tile->count++] = {(v * S::kLanes + lane) * plan.interleave, words, in.batch_in_cols ? col : n, y,
                                          in.batch_in_cols ? phase.x0 : x};
       lane += pitch;
     }
+    // on to the next vector
+    if (++index == per_image) {
+      n++, index = p = q = 0;
+      continue;
+    }
+    q += S::kLanes;
+    if (plan.flat)
+      for (; q >= plan.pitch; q -= plan.pitch) p++;
+    else if (q >= plan.raster_w)
+      p++, q = 0;
   }
 }
 
@@ -772,7 +854,7 @@ void compute_rows(const GatherGemm& op, const TilePixels& tile, int vectors, int
   const int block_o = int(op.weight->block_o);
   if (!op.plan->pixels) {
     select_phase<T>(op, row, phase, in);
-    return compute_tile<T>(block_o, vectors, *in, acc);
+    return compute_tile<T>(block_o, vectors, *in, KeepSums<T>{acc});
   }
   for (int v = 0; v < vectors; v++) {
     in->x[0] = tile.x[v];
@@ -805,10 +887,32 @@ void write_store(const GatherGemm& op, const TilePixels& tile, int vectors, int6
     }
     return;
   }
+  // Two phases that alternate, and a segment a vector: no need to put them into a line first.
+  const bool straight = interleave == 2 && !plan.flat && !plan.in.batch_in_cols && out.phases_w == 1 && pixel_step(plan) == 1;
   for (int i = 0; i < word_rows; i++) {
     const int32_t row_channel = w.row_channels[row * block_o + (whole_lanes ? i * per_lane : i)];
     if (row_channel < 0) continue;
     const int64_t channel = store.channel + row_channel;
+    uint8_t* const plane = store.data + 4 * (channel >> lane_shift(out.format)) * out.plane_stride;
+    // the last bf16 channel writes its padding neighbour too, which must not stay a NaN
+    const bool alone = per_lane == 2 && channel % 2 == 0 && channel + 1 == out.channels;
+    const bool words_whole = whole_lanes || out.format == Format::kFloat32 || alone;
+    if (straight && words_whole) {
+      for (int k = 0; k < tile.count; k++) {
+        const Segment& segment = tile.segments[k];
+        const int64_t from = i * words + segment.tile_word / 2;
+        int32_t* const to = reinterpret_cast<int32_t*>(plane) + out.at(segment.n, segment.y, segment.x);
+        S::I lo, hi;
+        S::interleave(S::load(buffer[0] + from), S::load(buffer[1] + from), &lo, &hi);
+        if (segment.count == 2 * S::kLanes) {
+          S::store(to, lo), S::store(to + S::kLanes, hi);
+        } else {
+          S::store_partial(to, lo, int(std::min<int64_t>(segment.count, S::kLanes)));
+          if (segment.count > S::kLanes) S::store_partial(to + S::kLanes, hi, int(segment.count - S::kLanes));
+        }
+      }
+      continue;
+    }
     alignas(64) int32_t line[(kMaxInterleave * kMaxV + 1) * S::kLanes];
     const int32_t* from = buffer[0] + i * words;
     if (interleave == 2) {
@@ -824,10 +928,7 @@ void write_store(const GatherGemm& op, const TilePixels& tile, int vectors, int6
         for (int64_t j = 0; j < words; j++) line[j * interleave + b] = buffer[b][i * words + j];
       from = line;
     }
-    uint8_t* plane = store.data + 4 * (channel / per_lane) * out.plane_stride;
-    // the last bf16 channel writes its padding neighbour too, which must not stay a NaN
-    const bool alone = per_lane == 2 && channel % 2 == 0 && channel + 1 == out.channels;
-    if (whole_lanes || out.format == Format::kFloat32 || alone)
+    if (words_whole)
       scatter<int32_t>(from, tile, plan, out, plane);
     else if (out.format == Format::kInt8)
       scatter<uint8_t>(from, tile, plan, out, plane + channel % per_lane);
@@ -868,10 +969,11 @@ class RowFinish {
       targets_[s].columns = &tile_.columns[s];
       for (int i = 0; i < (whole ? block_o / per_lane : block_o); i++) {
         const int32_t channel = w.row_channels[rows_.first + (whole ? i * per_lane : i)];
-        targets_[s].row[i] = channel < 0               ? nullptr
-                             : tile_.columns[s].direct ? reinterpret_cast<int32_t*>(store.data) +
-                                                             (store.channel + channel) / per_lane * out.plane_stride
-                                                       : memory_->words[s][0] + i * vectors_ * S::kLanes;
+        targets_[s].row[i] = channel < 0 ? nullptr
+                             : tile_.columns[s].direct
+                                 ? reinterpret_cast<int32_t*>(store.data) +
+                                       ((store.channel + channel) >> lane_shift(out.format)) * out.plane_stride
+                                 : memory_->words[s][0] + i * vectors_ * S::kLanes;
       }
     }
     if (e.sums) {
@@ -908,6 +1010,17 @@ class RowFinish {
         write_store(op_, tile_, vectors_, row_, op_.epilogue.stores[s], split_.whole_lanes[s], memory_->words[s]);
   }
 
+  // The whole row, its sums never in memory.
+  void run(int64_t row, ComputeFinished compute, TileInput* in) {
+    begin(row);
+    for (int b = 0; b < op_.plan->interleave; b++) {
+      begin_phase(b, nullptr);
+      select_phase<T>(op_, row, phase_row_ * op_.plan->interleave + b, in);
+      compute(op_.weight->block_o, *in, op_.epilogue, rows_);
+    }
+    end();
+  }
+
   // `compute(phase)` gives the accumulators.
   template <class Compute>
   void run(int64_t row, const Compute& compute) {
@@ -940,6 +1053,11 @@ void run_rows(const GatherGemm& op, const Split& split, const TilePixels& tile, 
   in.offsets = op.plan->offsets.data();
   in.plane_bytes = 4 * op.plan->in.plane_stride;
   RowFinish<T> finish(op, split, tile, vectors, phase_row, memory);
+  if constexpr (T::kFormat == Format::kInt8)
+    if (const ComputeFinished compute = op.plan->pixels ? nullptr : choose_finished(op.epilogue, split.whole_lanes)) {
+      for (int64_t row = first_row; row < last_row; row++) finish.run(row, compute, &in);
+      return;
+    }
   for (int64_t row = first_row; row < last_row; row++)
     finish.run(row, [&](int64_t phase) {
       if (!op.source)
@@ -959,7 +1077,8 @@ bool is_single_pixel(const GatherGemm& op) {
          !e.residual && !e.sums && e.post_activation == Activation::kNone && e.scale_stride == 0;
 }
 
-void run_single_pixel(const GatherGemm& op, const TilePixels& tile, int vectors, int64_t first_row, int64_t last_row) {
+void run_single_pixel(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t first_row,
+                      int64_t last_row) {
   const PackedWeight& w = *op.weight;
   const Epilogue& e = op.epilogue;
   const Store& store = e.stores[0];
@@ -991,9 +1110,19 @@ void run_single_pixel(const GatherGemm& op, const TilePixels& tile, int vectors,
       }
       alignas(64) int32_t buffer[S::kLanes];
       S::store(buffer, words);
-      for (int i = 0; i < lanes; i++) {
-        const int32_t channel = w.row_channels[first + c + i];
-        if (channel >= 0) std::memcpy(pixel + (quantize ? 1 : 4) * channel, buffer + i, quantize ? 1 : 4);
+      for (int i = 0; i < lanes; i += 4) {
+        const int32_t* const channels = w.row_channels + first + c + i;
+        const bool whole = split.whole_fours && channels[0] >= 0 && channels[0] + 4 <= w.out_channels;
+        if (whole && quantize) {  // each word is four times its byte
+          const uint32_t* const q = reinterpret_cast<const uint32_t*>(buffer + i);
+          const uint32_t word = (q[0] & 0xFF) | (q[1] & 0xFF00) | (q[2] & 0xFF0000) | (q[3] & 0xFF000000);
+          std::memcpy(pixel + channels[0], &word, 4);
+        } else if (whole) {
+          std::memcpy(pixel + 4 * channels[0], buffer + i, 16);
+        } else {
+          for (int j = 0; j < 4; j++)
+            if (channels[j] >= 0) std::memcpy(pixel + (quantize ? 1 : 4) * channels[j], buffer + i + j, quantize ? 1 : 4);
+        }
       }
     }
   }
@@ -1001,7 +1130,7 @@ void run_single_pixel(const GatherGemm& op, const TilePixels& tile, int vectors,
 
 // All of a tile but its accumulators; returns the number of its vectors.
 int find_tile(const GatherGemm& op, const Split& split, int64_t t, int64_t phase_row, TilePixels* tile, TileMemory* memory) {
-  const int64_t image = t / split.tiles_per_image, in_image = t % split.tiles_per_image;
+  const auto [image, in_image] = divide(t, split.tiles_per_image);
   const int64_t first = in_image * split.vectors / split.tiles_per_image;
   const int64_t last = (in_image + 1) * split.vectors / split.tiles_per_image;
   const int vectors = int(last - first);
@@ -1587,16 +1716,13 @@ int64_t vertical_pairs(const GatherGemm&) { return 0; }
 #endif
 
 void run_task(const GatherGemm& op, const Split& split, int64_t task) {
-  // strips of tiles; in a strip every (phase row, row group), then its tiles
+  // strips of tiles; in a strip every (row group, phase row), then its tiles: output rows of two phases share cache lines
   const int64_t rest = split.row_groups * split.phase_rows, tile_groups = split.tile_groups();
-  const int64_t strip = task / (split.strip * rest);
-  const int64_t first_tile = strip * split.strip;
-  const int64_t width = tile_groups - first_tile < split.strip ? tile_groups - first_tile : split.strip;
-  const int64_t in_strip = task - first_tile * rest;
-  const int64_t t = first_tile + in_strip % width, group = in_strip / width % split.row_groups;
-  const int64_t phase_row = in_strip / width / split.row_groups;
-  const int64_t first_row = group * split.row_group;
-  const int64_t last_row = first_row + split.row_group < op.weight->rows ? first_row + split.row_group : op.weight->rows;
+  const Quotient strips = divide(task, split.strip * rest);
+  const int64_t first_tile = strips.whole * split.strip, width = std::min(tile_groups - first_tile, split.strip);
+  const Quotient parts = divide(strips.rest, width), groups = divide(parts.whole, split.phase_rows);
+  const int64_t t = first_tile + parts.rest, phase_row = groups.rest, first_row = groups.whole * split.row_group;
+  const int64_t last_row = std::min(first_row + split.row_group, op.weight->rows);
 #if defined(__AMX_INT8__)
   if (op.prepared) {
     const int64_t last_tile = (t + 1) * split.tile_group < split.tiles ? (t + 1) * split.tile_group : split.tiles;
@@ -1606,7 +1732,7 @@ void run_task(const GatherGemm& op, const Split& split, int64_t task) {
   TilePixels tile;
   TileMemory memory;
   const int vectors = find_tile(op, split, t, phase_row, &tile, &memory);
-  if (!op.source && is_single_pixel(op)) return run_single_pixel(op, tile, vectors, first_row, last_row);
+  if (!op.source && is_single_pixel(op)) return run_single_pixel(op, split, tile, vectors, first_row, last_row);
   if (op.source) return run_rows<Float32>(op, split, tile, vectors, first_row, last_row, phase_row, &memory);
   switch (op.weight->format) {
     case Format::kInt8:
@@ -1637,16 +1763,15 @@ void pack_line(const LaneLayout& l, const SourceTensor& src, float inv_scale, in
     int32_t* const out = row + plane * l.plane_stride;
     auto lane = [&](int64_t c) { return l.phases_w == 1 ? c : c % l.phases_w * l.phase_stride + c / l.phases_w; };
     auto fill = [&](int64_t from, int64_t to) {
-      for (int64_t c = from; c < to; c++) out[lane(c)] = pad_word;
+      for (; from < to; from++) out[lane(from)] = pad_word;
     };
     const int64_t channel = plane * per_lane;
-    if (!inside || (!src.data && channel >= l.channels)) {
+    if (!inside) {
       fill(0, cols);
       continue;
     }
     fill(0, left);
     fill(left + width, cols);
-    if (!src.data) continue;
 
     const float* x = src.data + n * src.image_stride + channel * src.channel_stride + y * src.row_stride;
     for (int64_t c = 0; c < width; c += S::kLanes) {

@@ -1,7 +1,6 @@
 #include "program.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -18,9 +17,10 @@ namespace {
 
 // Vector loads may read past the last lane of a slot, never past this.
 constexpr int64_t kSlackBytes = 128;
-// Dot products of one vector below which waking other threads costs more than it saves (about 5 us of work).
-constexpr int64_t kSerialWork = 30000;
-constexpr int64_t kMaxThreads = 64;  // shares live on the stack; layers of generators do not feed more
+// Dot products of one vector below which a step is not worth sharing (about 1.5 us of work), and a program not worth waking other
+// threads for.
+constexpr int64_t kSerialWork = 8000, kSerialProgram = 60000;
+constexpr int64_t kJobsPerStep = 2;
 constexpr int64_t kLinesPerTask = 4;
 constexpr size_t kMostPlans = 8;  // shapes of inputs that are remembered
 constexpr int64_t kPointwiseRows = 8;
@@ -32,35 +32,50 @@ int64_t line_tasks(int64_t lines) { return ceil_div(lines, kLinesPerTask); }
 // In floating point, since the product of three sizes may overflow; exact below 2^53.
 double elements(int64_t c, int64_t h, int64_t w) { return double(c) * double(h) * double(w); }
 
+// Epilogue::bounded of int8 products. Of inputs and the zero point, both u8, the difference counts.
+bool is_bounded(const PackedWeight& w, const std::vector<float>& scale, const std::vector<float>& bias) {
+  constexpr float kMostProduct = 255 * 128, kLimit = 1 << 22;
+  for (int64_t row = 0; row < w.rows; row++) {
+    const float most = kMostProduct * kBlockK * float(w.tap_ptr[(row + 1) * w.taps] - w.tap_ptr[row * w.taps]);
+    for (int64_t r = row * w.block_o; r < (row + 1) * w.block_o; r++)
+      if (!(std::abs(scale[r]) * most + std::abs(bias[r]) < kLimit)) return false;  // a NaN, too
+  }
+  return true;
+}
+
 [[noreturn]] void fail(const std::string& text) { throw std::invalid_argument(text); }
 void need(bool ok, size_t step, const char* text) {
   if (!ok) fail("step " + std::to_string(step) + ": " + text);
 }
 
-// Every worker starts on its own share of the tasks, which are neighbours, so that it mostly reads what it wrote in the layer
-// before. Then it helps with the other shares: tasks differ in their kept blocks, and cores in what else runs on them.
-template <class F>
-void for_each_task(const Parallel& parallel, int64_t tasks, bool serial, const F& run) {
-  const int64_t threads = serial ? 1 : std::min<int64_t>({parallel.threads, tasks, kMaxThreads});
-  if (threads <= 1) {
-    for (int64_t i = 0; i < tasks; i++) run(i);
-    return;
-  }
-  struct alignas(64) Share {
-    std::atomic<int64_t> next;
-    int64_t end;
-  } shares[kMaxThreads];
-  for (int64_t s = 0; s < threads; s++) {
-    shares[s].next = s * tasks / threads;
-    shares[s].end = (s + 1) * tasks / threads;
-  }
-  const auto work = [&](int64_t worker) {
-    for (int64_t s = 0; s < threads; s++) {
-      Share& share = shares[(worker + s) % threads];
-      for (int64_t i = share.next++; i < share.end; i = share.next++) run(i);
+// Writes part `part` of `parts` of what steps do not store of a slot: the ring and whole padding planes. The parts follow the
+// order of the tasks that store, so that the caches of two cores seldom have to send each other the lines where a ring and an
+// image meet.
+void fill_ring(const LaneLayout& l, int32_t word, uint8_t* data, int64_t part, int64_t parts) {
+  const int64_t real_planes = ceil_div(l.channels, lane_channels(l.format));
+  const bool by_rows = l.row_stride > l.plane_stride;
+  const int64_t phases = l.phases_h * l.phases_w, outer = by_rows ? l.rows : l.planes, inner = by_rows ? l.planes : l.rows;
+  const int64_t count = (l.batch_in_cols ? 1 : l.images) * outer * phases, end = (part + 1) * count / parts;
+  for (int64_t i = part * count / parts; i < end; i++) {
+    const int64_t phase = i % phases, o = i / phases % outer, n = i / phases / outer;
+    // of the image's pixels in this phase
+    auto range = [](int64_t ring, int64_t size, int64_t first, int64_t step) {
+      return std::pair{ceil_div(ring - first, step), ceil_div(ring + size - first, step)};
+    };
+    const auto rows = range(l.top, l.height, phase / l.phases_w, l.phases_h);
+    const auto cols = range(l.left, l.batch_in_cols ? l.images : l.width, phase % l.phases_w, l.phases_w);
+    int32_t* const from = reinterpret_cast<int32_t*>(data) + n * l.image_stride + phase * l.phase_stride;
+    for (int64_t k = 0; k < inner; k++) {
+      const int64_t plane = by_rows ? k : o, row = by_rows ? o : k;
+      int32_t* const to = from + plane * l.plane_stride + row * l.row_stride;
+      if (plane >= real_planes || row < rows.first || row >= rows.second) {
+        std::fill(to, to + l.cols, word);
+      } else {
+        std::fill(to, to + cols.first, word);
+        std::fill(to + cols.second, to + l.cols, word);
+      }
     }
-  };
-  parallel.run(threads, {&work, [](const void* callable, int64_t i) { (*static_cast<const decltype(work)*>(callable))(i); }});
+  }
 }
 
 // Pixel that stands at place `i` of an axis of `size` pixels; -1: none.
@@ -134,15 +149,12 @@ struct StepPlan {
   Split split;
   int64_t channels = 0, h = 0, w = 0;  // of the result
   bool per_image = false;
-  bool import = false;  // only packs an input into a slot
-  bool mirror = false;  // the ring of x is still to be filled with copies of its pixels
-  struct Ring {
-    int64_t slot, first_task;
-  };
-  std::vector<Ring> rings;  // slots whose ring this step fills
-  int64_t ring_tasks = 0;
-  size_t norm_source = 0;  // the step whose sums this one's normalisation reads
-  int64_t totals = -1;     // buffers; this one: float64 [2][rows of the source], [2][channels]
+  bool bounded = false;        // see Epilogue; without demodulation
+  bool import = false;         // only packs an input into a slot
+  bool mirror = false;         // the ring of x is still to be filled with copies of its pixels
+  std::vector<int64_t> rings;  // slots whose ring this step fills
+  size_t norm_source = 0;      // the step whose sums this one's normalisation reads
+  int64_t totals = -1;         // buffers; this one: float64 [2][rows of the source], [2][channels]
   int64_t sums = -1;
   int64_t scales = -1;           // [n][2][rows]: normalisation or demodulation
   std::vector<int64_t> factors;  // of each store, -1: none
@@ -156,6 +168,7 @@ struct ProgramPlan {
   std::vector<Buffer> buffers;
   std::vector<OutputShape> outputs;
   int64_t bytes = 0;
+  bool serial = false;
 };
 
 namespace {
@@ -285,7 +298,7 @@ std::shared_ptr<const ProgramPlan> Program::make_program_plan(const std::vector<
   // Sizes of everything, and who uses which slot when.
   auto use = [&](int64_t slot, size_t step) {
     SlotPlan& s = p.slots[slot];
-    if (s.first_step < 0) s.first_step = int64_t(step), p.steps[step].rings.push_back({slot, 0});
+    if (s.first_step < 0) s.first_step = int64_t(step), p.steps[step].rings.push_back(slot);
     s.last_step = int64_t(step);
   };
   std::vector<std::vector<size_t>> readers(spec_.slots.size());  // gather-GEMMs
@@ -459,20 +472,17 @@ std::shared_ptr<const ProgramPlan> Program::make_program_plan(const std::vector<
     if (spec_.prepare) sp.prepared = p.kernels->prepare(op);
     op.prepared = sp.prepared.get();
     sp.split = p.kernels->split(op, threads);
+    sp.bounded = !step.pointwise && w.format == Format::kInt8 && step.demodulation < 0 && is_bounded(w, rows.scale, rows.bias);
     if (step.norm_groups || step.demodulation >= 0) sp.scales = buffer(p.n * 2 * (count + kPadding), i);
     if (step.norm_groups) {
       const PackedWeight& from = rows_[sp.norm_source].weight;
       sp.totals = buffer(2 * 2 * (from.rows * from.block_o + sp.channels), i);
     }
     // Where stores write every lane there is neither ring nor padding channel to fill.
-    std::erase_if(sp.rings, [&](const StepPlan::Ring& ring) {
-      const LaneLayout& l = p.slots[ring.slot].layout;
+    std::erase_if(sp.rings, [&](int64_t slot) {
+      const LaneLayout& l = p.slots[slot].layout;
       return l.images * l.channels * l.height * l.width == l.lanes() * lane_channels(l.format);
     });
-    for (StepPlan::Ring& ring : sp.rings) {
-      ring.first_task = sp.ring_tasks;
-      sp.ring_tasks += line_tasks(pack_lines(p.slots[ring.slot].layout));
-    }
     if (step.stats) {
       size_t last = i;  // the norms that read the sums
       for (size_t j = i + 1; j < spec_.steps.size(); j++)
@@ -494,6 +504,9 @@ std::shared_ptr<const ProgramPlan> Program::make_program_plan(const std::vector<
   }
   for (Buffer& b : p.buffers) all.push_back(&b);
   p.bytes = place(all);
+  int64_t dots = 0;
+  for (const StepPlan& sp : p.steps) dots += sp.import ? 0 : sp.split.dots;
+  p.serial = dots < kSerialProgram;
   for (size_t s = 0; s < p.slots.size(); s++) p.slots[s].offset = slots[s].offset;
   return made;
 }
@@ -526,13 +539,26 @@ void Program::give_back(Arena arena) {
 void Program::run(const ProgramPlan& plan, const std::vector<InputTensor>& inputs, const std::vector<float*>& outputs,
                   const Parallel& parallel) {
   if (plan.n == 0) return;
-  Arena arena = take_arena(std::max<int64_t>(plan.bytes, 64));
-  for (size_t i = 0; i < plan.steps.size(); i++) run_step(plan, i, inputs, outputs, arena.memory.get(), parallel);
+  const int64_t threads = plan.serial ? 1 : std::min<int64_t>(parallel.threads, Team::kMaxThreads);
+  const int64_t jobs = kJobsPerStep * int64_t(plan.steps.size()), activations = ceil_div(plan.bytes, 64) * 64;
+  Arena arena = take_arena(std::max<int64_t>(activations + Team::bytes(threads, jobs), 64));
+  uint8_t* const memory = arena.memory.get();
+  Team team(threads, jobs, memory + activations);
+  const auto lead = [&] {
+    for (size_t i = 0; i < plan.steps.size(); i++) run_step(plan, i, inputs, outputs, memory, &team);
+    team.dismiss();
+  };
+  if (threads == 1) {
+    lead();
+  } else {
+    const auto member = [&](int64_t worker) { worker == 0 ? lead() : team.help(worker); };
+    parallel.run(threads, body_of(member));
+  }
   give_back(std::move(arena));
 }
 
 void Program::run_step(const ProgramPlan& p, size_t index, const std::vector<InputTensor>& inputs,
-                       const std::vector<float*>& outputs, uint8_t* memory, const Parallel& parallel) {
+                       const std::vector<float*>& outputs, uint8_t* memory, Team* team) {
   const StepSpec& step = spec_.steps[index];
   const StepPlan& sp = p.steps[index];
   const StepRows& rows = rows_[index];
@@ -540,19 +566,16 @@ void Program::run_step(const ProgramPlan& p, size_t index, const std::vector<Inp
   const int64_t count = w.rows * w.block_o;
   auto floats = [&](int64_t buffer) { return reinterpret_cast<float*>(memory + p.buffers[buffer].offset); };
 
-  auto pack = [&](int64_t slot, const SourceTensor& src, int64_t task) {
-    const LaneLayout& l = p.slots[slot].layout;
-    const int64_t end = std::min(pack_lines(l), (task + 1) * kLinesPerTask);
-    for (int64_t line = task * kLinesPerTask; line < end; line++)
-      p.kernels->pack_line(l, src, float(1.0 / spec_.slots[slot].scale), spec_.slots[slot].zero, memory + p.slots[slot].offset,
-                           line);
-  };
   if (sp.import) {
     const InputTensor x = viewed(inputs[~step.x], step.view);
     const SourceTensor src{x.data, x.stride_n, x.stride_c, x.stride_h, x.stride_w};
     const int64_t slot = step.stores.front().slot;
-    return for_each_task(parallel, line_tasks(pack_lines(p.slots[slot].layout)), x.n * x.c * x.h * x.w < 4096,
-                         [&](int64_t task) { pack(slot, src, task); });
+    const LaneLayout& l = p.slots[slot].layout;
+    return team->for_each(line_tasks(pack_lines(l)), x.n * x.c * x.h * x.w < 4096, [&](int64_t task) {
+      for (int64_t line = task * kLinesPerTask; line < std::min(pack_lines(l), (task + 1) * kLinesPerTask); line++)
+        p.kernels->pack_line(l, src, float(1.0 / spec_.slots[slot].scale), spec_.slots[slot].zero, memory + p.slots[slot].offset,
+                             line);
+    });
   }
 
   GatherGemm op;
@@ -565,7 +588,7 @@ void Program::run_step(const ProgramPlan& p, size_t index, const std::vector<Inp
     op.in = memory + p.slots[step.x].offset;
     if (sp.mirror) {
       const LaneLayout& l = p.slots[step.x].layout;
-      for_each_task(parallel, line_tasks(pack_lines(l)), l.lanes() < 65536, [&](int64_t task) {
+      team->for_each(line_tasks(pack_lines(l)), l.lanes() < 65536, [&](int64_t task) {
         for (int64_t line = task * kLinesPerTask; line < std::min(pack_lines(l), (task + 1) * kLinesPerTask); line++)
           mirror_line(l, spec_.slots[step.x].padding, memory + p.slots[step.x].offset, line);
       });
@@ -583,6 +606,7 @@ void Program::run_step(const ProgramPlan& p, size_t index, const std::vector<Inp
 
   Epilogue& e = op.epilogue;
   e.scale = rows.scale.data(), e.bias = rows.bias.data();
+  e.bounded = sp.bounded;
   if (step.demodulation >= 0) {
     const InputTensor& d = inputs[step.demodulation];
     float* scale = floats(sp.scales);
@@ -666,11 +690,14 @@ void Program::run_step(const ProgramPlan& p, size_t index, const std::vector<Inp
     }
   }
 
-  for_each_task(parallel, sp.ring_tasks + sp.split.tasks(), sp.split.dots < kSerialWork, [&](int64_t task) {
-    if (task >= sp.ring_tasks) return p.kernels->run_task(op, sp.split, task - sp.ring_tasks);
-    size_t r = sp.rings.size() - 1;
-    while (sp.rings[r].first_task > task) r--;
-    pack(sp.rings[r].slot, SourceTensor{}, task - sp.rings[r].first_task);
+  const int64_t tasks = sp.split.tasks();
+  team->for_each(tasks, sp.split.dots < kSerialWork, [&](int64_t task) {
+    for (const int64_t slot : sp.rings) {
+      const LaneLayout& l = p.slots[slot].layout;
+      const int32_t word = l.format == Format::kInt8 ? int32_t(uint32_t(spec_.slots[slot].zero) * 0x01010101u) : 0;
+      fill_ring(l, word, memory + p.slots[slot].offset, task, tasks);
+    }
+    p.kernels->run_task(op, sp.split, task);
   });
 }
 

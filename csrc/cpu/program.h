@@ -8,17 +8,11 @@
 #include <vector>
 
 #include "gather_gemm.h"
+#include "team.h"
 
 namespace sparsegan {
 
-// A callable that outlives the call it is passed to; unlike std::function it never takes memory.
-struct Body {
-  const void* callable = nullptr;
-  void (*call)(const void* callable, int64_t i) = nullptr;
-  void operator()(int64_t i) const { call(callable, i); }
-};
-
-// Runs body(0) .. body(workers - 1), at the same time where it can.
+// Runs body(0) .. body(workers - 1), at the same time where it can; body(0) does not wait for any other to end.
 struct Parallel {
   int threads = 1;
   void (*run)(int64_t workers, Body body) = nullptr;
@@ -124,7 +118,7 @@ class Program {
   void give_back(Arena arena);
   std::shared_ptr<const ProgramPlan> make_program_plan(const std::vector<InputTensor>& inputs, int threads);
   void run_step(const ProgramPlan& plan, size_t index, const std::vector<InputTensor>& inputs, const std::vector<float*>& outputs,
-                uint8_t* memory, const Parallel& parallel);
+                uint8_t* memory, Team* team);
 
   ProgramSpec spec_;
   std::vector<StepRows> rows_;

@@ -92,6 +92,16 @@ struct Simd {
   static I join(I a, I b) {
     return _mm512_mask_blend_epi32(__mmask16(0xFFFFu << kFirst), a, b);
   }
+  // Sums of every kCount-th lane, 4 or 8.
+  template <int kCount>
+  static void fold(I a, int32_t* sums) {
+    const __m256i eight = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+    if constexpr (kCount == 8)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), eight);
+    else
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(sums),
+                       _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1)));
+  }
   // a0 b0 a1 b1 .. over two registers
   static void interleave(I a, I b, I* lo, I* hi) {
     const I first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -216,6 +226,14 @@ struct Simd {
   static I join(I a, I b) {
     return _mm256_blend_epi32(a, b, (0xFF << kFirst) & 0xFF);
   }
+  template <int kCount>
+  static void fold(I a, int32_t* sums) {
+    if constexpr (kCount == 8)
+      store(sums, a);
+    else
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(sums),
+                       _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
+  }
   static void interleave(I a, I b, I* lo, I* hi) {
     const I x = _mm256_unpacklo_epi32(a, b), y = _mm256_unpackhi_epi32(a, b);
     *lo = _mm256_permute2x128_si256(x, y, 0x20);
@@ -330,6 +348,11 @@ struct Simd {
   }
   static I pack4(I a, I b, I c, I d, int32_t zero) {
     return saturate(a, zero) | saturate(b, zero) << 8 | saturate(c, zero) << 16 | saturate(d, zero) << 24;
+  }
+  template <int kCount>
+  static void fold(I a, int32_t* sums) {
+    for (int r = 0; r < kCount; r++) sums[r] = 0;
+    for (int i = 0; i < kLanes; i++) sums[i % kCount] += a[i];
   }
   static void interleave(I a, I b, I* lo, I* hi) {
     for (int i = 0; i < kLanes / 2; i++) {
