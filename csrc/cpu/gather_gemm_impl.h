@@ -213,6 +213,11 @@ Quotient divide(int64_t a, int64_t b) {
   return {a / b, a % b};
 }
 
+// The low bytes of a u8 source's lanes.
+S::F dequantized(const Source& source, S::I q) {
+  return S::mul(S::to_float(S::add(S::bit_and(q, S::set1(255)), S::set1(-source.zero))), S::set1(source.scale));
+}
+
 // `count` values of one channel, at every x_step-th pixel of an image row from (y, x) on.
 void load_run(const Source& s, int64_t channel, int64_t n, int64_t y, int64_t x, int64_t x_step, int64_t count, float* to) {
   const LaneLayout& l = s.layout;
@@ -221,8 +226,7 @@ void load_run(const Source& s, int64_t channel, int64_t n, int64_t y, int64_t x,
   // a word that starts at the channel's bytes holds them in its low end
   const uint8_t* const plane = s.data + 4 * (channel / per_lane * l.plane_stride) + 4 / per_lane * (channel % per_lane);
   auto decode = [&](S::I word) {
-    if (l.format == Format::kInt8)
-      return S::mul(S::to_float(S::add(S::bit_and(word, S::set1(255)), S::set1(-s.zero))), S::set1(s.scale));
+    if (l.format == Format::kInt8) return dequantized(s, word);
     return S::as_f(l.format == Format::kBFloat16 ? S::shift_left<16>(word) : word);
   };
   const bool tensor = s.col_stride != 1;
@@ -296,13 +300,10 @@ struct Reader {
       if (twice) S::interleave(lo, lo, &lo, &hi);
       return lo;
     };
-    auto dequantized = [&](S::I q) {
-      return S::mul(S::to_float(S::add(S::bit_and(q, S::set1(255)), S::set1(-source->zero))), S::set1(source->scale));
-    };
     const S::F zero = S::set1(0.0f);
     if (source->one_channel) {
       const S::I word = plane(0);
-      const S::F value = l.format == Format::kInt8       ? dequantized(word)
+      const S::F value = l.format == Format::kInt8       ? dequantized(*source, word)
                          : l.format == Format::kBFloat16 ? S::as_f(S::shift_left<16>(word))
                                                          : S::as_f(word);
       for (int j = 0; j < 4; j++) y[j] = value;
@@ -310,10 +311,10 @@ struct Reader {
       for (int j = 0; j < 4; j++) y[j] = zero;
     } else if (l.format == Format::kInt8) {
       const S::I word = plane(c / 4);
-      y[0] = dequantized(word);
-      y[1] = dequantized(S::template shift_right<8>(word));
-      y[2] = dequantized(S::template shift_right<16>(word));
-      y[3] = dequantized(S::template shift_right<24>(word));
+      y[0] = dequantized(*source, word);
+      y[1] = dequantized(*source, S::template shift_right<8>(word));
+      y[2] = dequantized(*source, S::template shift_right<16>(word));
+      y[3] = dequantized(*source, S::template shift_right<24>(word));
     } else if (l.format == Format::kBFloat16) {
       for (int j = 0; j < 4; j += 2) {
         const S::I word = c + j < l.channels ? plane((c + j) / 2) : S::set1(0);
@@ -475,11 +476,16 @@ void finish_rows(const Epilogue& e, const RowTile& tile, int first, int last, in
   }
 }
 
-// The most common epilogue: nothing between the activation and one u8 store of whole lanes.
-bool is_plain(const Epilogue& e, const bool* whole_lanes) {
+// One u8 store of whole lanes, which only rounds.
+bool stores_plainly(const Epilogue& e, const bool* whole_lanes) {
   const Store& s = e.stores[0];
   return e.store_count == 1 && s.layout->format == Format::kInt8 && whole_lanes[0] && !s.scale &&
-         s.activation == Activation::kNone && !s.factor && !e.residual && !e.sums && e.post_activation == Activation::kNone;
+         s.activation == Activation::kNone && !s.factor && !e.sums;
+}
+
+// The most common epilogue: nothing between the activation and such a store.
+bool is_plain(const Epilogue& e, const bool* whole_lanes) {
+  return stores_plainly(e, whole_lanes) && !e.residual && e.post_activation == Activation::kNone;
 }
 
 // Of accumulators; pointwise steps go the general way.
@@ -543,10 +549,57 @@ void compute_finished(int64_t block_o, const TileInput& in, const Epilogue& e, c
   compute_tile<Int8>(block_o, tile.vectors, in, finish);
 }
 
+// The same for the sum with a u8 slot that lies as the tile reads it, as at the end of a residual block.
+struct FinishResidual {
+  const float *scale, *bias;  // of the packed row
+  float least;                // 0 where a ReLU follows, else minus infinity
+  const Store* store;
+  const WordTarget* target;
+  const Reader* residual;
+  const uint8_t* plane;  // of the residual, with the row's first channels
+  template <int R, int V>
+  [[gnu::always_inline]] void operator()(const S::I (&acc)[R][V]) const {
+    const Source& source = *residual->source;
+#pragma GCC unroll 8
+    for (int i = 0; i < R / 4; i++) {
+      if (!target->row[i]) continue;  // padding rows, whose planes may not exist
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) {
+        const S::I word = S::load(plane + 4 * (residual->lane[v] + i * source.layout.plane_stride));
+        const S::I other[4] = {word, S::shift_right<8>(word), S::shift_right<16>(word), S::shift_right<24>(word)};
+        S::I q[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+          const int r = 4 * i + j;
+          const S::F y = S::madd(S::to_float(acc[r][v]), S::set1(scale[r]), S::set1(bias[r]));
+          q[j] = simd_quantize(S::max(S::set1(least), S::add(y, dequantized(source, other[j]))), store->inv_scale);
+        }
+        target->put(i, v, S::pack4(q[0], q[1], q[2], q[3], store->zero));
+      }
+    }
+  }
+};
+
+void compute_residual(int64_t block_o, const TileInput& in, const Epilogue& e, const RowTile& tile) {
+  const float* const scale = e.scale + tile.image * e.scale_stride + tile.first;
+  const float* const bias = e.bias + tile.image * e.bias_stride + tile.first;
+  const Source& source = *tile.residual->source;
+  const uint8_t* const plane = source.data + 4 * (tile.first / 4 * source.layout.plane_stride);
+  const float least = e.post_activation == Activation::kRelu ? 0.0f : -INFINITY;
+  compute_tile<Int8>(block_o, tile.vectors, in,
+                     FinishResidual{scale, bias, least, &e.stores[0], tile.target, tile.residual, plane});
+}
+
 using ComputeFinished = void (*)(int64_t, const TileInput&, const Epilogue&, const RowTile&);
 
 // nullptr where the sums have to be kept.
-ComputeFinished choose_finished(const Epilogue& e, const bool* whole_lanes) {
+ComputeFinished choose_finished(const Epilogue& e, const bool* whole_lanes, const Reader& residual) {
+  if (e.residual) {
+    const bool fits = stores_plainly(e, whole_lanes) && e.activation == Activation::kNone && residual.direct && !residual.twice &&
+                      e.residual->layout.format == Format::kInt8 && !e.residual->one_channel;
+    const bool rectifies = e.post_activation == Activation::kNone || e.post_activation == Activation::kRelu;
+    return fits && rectifies ? compute_residual : nullptr;
+  }
   if (!e.bounded || !is_plain(e, whole_lanes) || e.stores[0].inv_scale != 1.0f) return nullptr;
   switch (e.activation) {
     case Activation::kNone:
@@ -1054,7 +1107,8 @@ void run_rows(const GatherGemm& op, const Split& split, const TilePixels& tile, 
   in.plane_bytes = 4 * op.plan->in.plane_stride;
   RowFinish<T> finish(op, split, tile, vectors, phase_row, memory);
   if constexpr (T::kFormat == Format::kInt8)
-    if (const ComputeFinished compute = op.plan->pixels ? nullptr : choose_finished(op.epilogue, split.whole_lanes)) {
+    if (const ComputeFinished compute =
+            op.plan->pixels ? nullptr : choose_finished(op.epilogue, split.whole_lanes, tile.residual)) {
       for (int64_t row = first_row; row < last_row; row++) finish.run(row, compute, &in);
       return;
     }

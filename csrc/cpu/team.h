@@ -103,7 +103,7 @@ class Team {
 
   // Waits a moment: busily at first, later so that other threads get the core.
   static void relax(int64_t turns) {
-    if (turns > 4096) return std::this_thread::yield();
+    if (turns > 256) return std::this_thread::yield();
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
