@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 CPU = ROOT / "csrc" / "cpu"
 FUZZ = ROOT / "tests" / "native" / "program_fuzz.cpp"
 FLAGS = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-Wno-psabi", "-pthread", f"-I{CPU}"]
+# Its tiles are emulated, so that every CPU with AVX512-VNNI runs it, and sanitizers see what tiles read.
+MATRIX_UNIT, NATIVE_TILES = "avx512_amx", ("-mavx512bf16", "-mamx-tile", "-mamx-int8")
 SANITIZERS = {
     # What takes long to compile is left out: checks inline instead of by a call, and those of what asan sees anyway.
     "address": [
@@ -53,8 +55,14 @@ def build(folder, sanitizer, isas):
     flags_of = isa_flags()  # once, since Python 3.11 cannot parse in two threads at a time
 
     def compile_one(source):
-        ends = [end for end in flags_of if source.name.endswith(end)]
-        wanted = [flag for end in ends if end[1:-4] in isas for flag in flags_of[end]]
+        wanted = [
+            flag
+            for end, flags in flags_of.items()
+            if source.name.endswith(end) and end[1:-4] in isas
+            for flag in flags
+        ]
+        if MATRIX_UNIT in isas:
+            wanted = [flag for flag in wanted if flag not in NATIVE_TILES] + ["-DSPARSEGAN_EMULATED_TILES"]
         made = compiler(*wanted, "-c", str(source), "-o", str(folder / f"{source.stem}.o"))
         assert made.returncode == 0, made.stderr
         return str(folder / f"{source.stem}.o")
@@ -85,6 +93,8 @@ def fuzz(request, tmp_path_factory):
         pytest.skip(ops.extension_error())
     # The thread sanitizer sees what threads share; which instructions compute it makes no difference.
     isas = ops.available_isas()[:1] if request.param == "address" else []
+    if isas and "avx512_vnni" in ops.available_isas():
+        isas = [MATRIX_UNIT, "avx512_vnni"]
     path = build(tmp_path_factory.mktemp(request.param), request.param, isas)
 
     def run(*arguments):

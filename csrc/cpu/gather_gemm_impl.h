@@ -1212,7 +1212,7 @@ int find_tile(const GatherGemm& op, const Split& split, int64_t t, int64_t phase
 // channels uses are first copied, 16 to a tile, between the products before, and every tile of weights then finds them ready.
 // Where all groups use the same columns, as in a dense layer, they are copied once for all groups.
 
-#if defined(__AMX_INT8__)
+#if defined(SPARSEGAN_TILES)
 
 constexpr int kGroupRows = kPreparedRows;  // output channels of a group
 constexpr int kTileVectors = kPreparedV;   // of pixels
@@ -1777,7 +1777,7 @@ void run_task(const GatherGemm& op, const Split& split, int64_t task) {
   const Quotient parts = divide(strips.rest, width), groups = divide(parts.whole, split.phase_rows);
   const int64_t t = first_tile + parts.rest, phase_row = groups.rest, first_row = groups.whole * split.row_group;
   const int64_t last_row = std::min(first_row + split.row_group, op.weight->rows);
-#if defined(__AMX_INT8__)
+#if defined(SPARSEGAN_TILES)
   if (op.prepared) {
     const int64_t last_tile = (t + 1) * split.tile_group < split.tiles ? (t + 1) * split.tile_group : split.tiles;
     return run_tile_task(op, split, t * split.tile_group, last_tile, first_row, last_row, phase_row);
@@ -1907,7 +1907,7 @@ double measure_dot_peak() {
 double dot_peak(Format format, [[maybe_unused]] bool loads) {
   switch (format) {
     case Format::kInt8:
-#if defined(__AMX_INT8__)
+#if defined(SPARSEGAN_TILES)
       return measure_tile_peak(loads);
 #else
       return measure_dot_peak<Int8>();

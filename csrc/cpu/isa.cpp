@@ -20,7 +20,9 @@ std::atomic<const Kernels*> forced{nullptr};
 #if defined(__x86_64__)
 // Whether the CPU has the matrix unit and bf16 conversions, and the system lets this process use it.
 bool has_amx() {
-#if defined(__linux__) && defined(SYS_arch_prctl)
+#if defined(SPARSEGAN_EMULATED_TILES)
+  return true;
+#elif defined(__linux__) && defined(SYS_arch_prctl)
   constexpr unsigned kTileAndInt8 = 3u << 24;  // leaf 7, EDX
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;

@@ -120,7 +120,8 @@ struct Simd {
   static void fma(F& acc, F x, F w) { asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w)); }
 };
 
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) && !defined(SPARSEGAN_EMULATED_TILES)
+#define SPARSEGAN_TILES
 // The matrix unit: eight registers of 16 rows x 64 bytes. C in 0-3, B in 4-5, A in 6-7. Not GCC 12's own intrinsics: they do not
 // tell the compiler that the configuration, or a tile, is read from memory, so that stores to it may be dropped or moved behind.
 struct Tiles {
@@ -160,6 +161,54 @@ struct Tiles {
   template <int kC, int kA, int kB>
   [[gnu::always_inline]] static void dot() {
     asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+  }
+};
+#elif defined(SPARSEGAN_EMULATED_TILES)
+#define SPARSEGAN_TILES
+// The same in plain C++, for tests: on machines without the unit, and because sanitizers see what these tiles read and write.
+struct Tiles {
+  static constexpr int kBytes = 1024, kRows = 16, kRowBytes = 64;
+  struct State {
+    int rows = 0;
+    uint8_t bytes[8][kRows][kRowBytes];
+  };
+  static State& state() {
+    thread_local State here;
+    return here;
+  }
+  static int rows(int tile) { return tile == 4 || tile == 5 ? kRows : state().rows; }
+
+  class Scope {
+   public:
+    explicit Scope(int rows) { state().rows = rows; }
+    ~Scope() { state().rows = 0; }
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+  };
+
+  template <int kTile>
+  static void zero() {
+    std::memset(state().bytes[kTile], 0, kBytes);
+  }
+  template <int kTile>
+  static void load(const void* p, int64_t stride = kRowBytes) {
+    for (int r = 0; r < rows(kTile); r++)
+      std::memcpy(state().bytes[kTile][r], static_cast<const uint8_t*>(p) + r * stride, kRowBytes);
+  }
+  template <int kTile>
+  static void store(void* p, int64_t stride) {
+    for (int r = 0; r < rows(kTile); r++) std::memcpy(static_cast<uint8_t*>(p) + r * stride, state().bytes[kTile][r], kRowBytes);
+  }
+  template <int kC, int kA, int kB>
+  static void dot() {
+    State& s = state();
+    for (int r = 0; r < s.rows; r++)
+      for (int n = 0; n < kRows; n++) {
+        int32_t sum;
+        std::memcpy(&sum, s.bytes[kC][r] + 4 * n, 4);
+        for (int k = 0; k < kRowBytes; k++) sum += int8_t(s.bytes[kA][r][k]) * int32_t(s.bytes[kB][k / 4][4 * n + k % 4]);
+        std::memcpy(s.bytes[kC][r] + 4 * n, &sum, 4);
+      }
   }
 };
 #endif
