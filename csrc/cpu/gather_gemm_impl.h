@@ -804,6 +804,14 @@ void find_lanes(const GatherGemm& op, const Source& source, int upsample, bool w
   }
 }
 
+// The first `count` words by turns to two runs.
+void store_unzipped(S::I words, int count, int32_t* even, int32_t* odd) {
+  S::I evens = words, odds = words;
+  S::unzip(words, &evens, &odds);
+  S::store_partial(even, evens, (count + 1) / 2);
+  S::store_partial(odd, odds, count / 2);
+}
+
 // Copies a word row of the tile to its pixels: all 4 bytes of their lanes in `plane`, or the low bytes of a word to one channel.
 template <class Word>
 void scatter(const int32_t* words, const TilePixels& tile, const Plan& plan, const LaneLayout& out, uint8_t* plane) {
@@ -819,6 +827,11 @@ void scatter(const int32_t* words, const TilePixels& tile, const Plan& plan, con
       int64_t j = 0;
       for (; j + S::kLanes <= s.count; j += S::kLanes) S::store(to + j, S::load(from + j));
       if (j < s.count) S::store_partial(to + j, S::load(from + j), int(s.count - j));
+    } else if (sizeof(Word) == 4 && step == 1 && out.phases_w == 2) {
+      int32_t *const even = reinterpret_cast<int32_t*>(plane) + first, *const odd = reinterpret_cast<int32_t*>(plane) +
+                                                                                    out.at(s.n, s.y, s.x + 1);
+      for (int64_t j = 0; j < s.count; j += S::kLanes)
+        store_unzipped(S::load(from + j), int(std::min<int64_t>(s.count - j, S::kLanes)), even + j / 2, odd + j / 2);
     } else if (split_phases && step == 1) {
       // every phases_w-th word goes to the same phase, side by side
       for (int64_t k = 0; k < out.phases_w && k < s.count; k++) {
@@ -1852,6 +1865,8 @@ void pack_line(const LaneLayout& l, const SourceTensor& src, float inv_scale, in
       }
       if (l.phases_w == 1) {
         S::store_partial(out + left + c, words, count);
+      } else if (l.phases_w == 2) {
+        store_unzipped(words, count, out + lane(left + c), out + lane(left + c + 1));
       } else {
         alignas(64) int32_t buffer[S::kLanes];
         S::store(buffer, words);

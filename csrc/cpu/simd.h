@@ -102,6 +102,11 @@ struct Simd {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(sums),
                        _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1)));
   }
+  // a0 a2 .. and a1 a3 .., each in the lower half of a register
+  static void unzip(I a, I* even, I* odd) {
+    *even = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14), a);
+    *odd = _mm512_permutexvar_epi32(_mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15), a);
+  }
   // a0 b0 a1 b1 .. over two registers
   static void interleave(I a, I b, I* lo, I* hi) {
     const I first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -283,6 +288,10 @@ struct Simd {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(sums),
                        _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
   }
+  static void unzip(I a, I* even, I* odd) {
+    *even = _mm256_permutevar8x32_epi32(a, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    *odd = _mm256_permute2x128_si256(*even, *even, 0x11);
+  }
   static void interleave(I a, I b, I* lo, I* hi) {
     const I x = _mm256_unpacklo_epi32(a, b), y = _mm256_unpackhi_epi32(a, b);
     *lo = _mm256_permute2x128_si256(x, y, 0x20);
@@ -402,6 +411,12 @@ struct Simd {
   static void fold(I a, int32_t* sums) {
     for (int r = 0; r < kCount; r++) sums[r] = 0;
     for (int i = 0; i < kLanes; i++) sums[i % kCount] += a[i];
+  }
+  static void unzip(I a, I* even, I* odd) {
+    for (int i = 0; i < kLanes / 2; i++) {
+      const int32_t first = a[2 * i], second = a[2 * i + 1];
+      (*even)[i] = first, (*odd)[i] = second;
+    }
   }
   static void interleave(I a, I b, I* lo, I* hi) {
     for (int i = 0; i < kLanes / 2; i++) {
