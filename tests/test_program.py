@@ -250,6 +250,21 @@ def test_prescaled_weights_give_steps(run, activation):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e12])
+def test_steps_too_large_for_an_integer_saturate(run, scale, residual):
+    """2^31 and more become the highest step, as below it, however the epilogue is computed."""
+    conv, last = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 3, 1)
+    slots = (Slot(8, **U8), Slot(8, "u8", 2.0**-6, 100))
+    plain = gemm(conv, 0, Store(1), slot=slots[0], residual=0 if residual else None)
+    weight = dataclasses.replace(plain.weight, scale=plain.weight.scale * scale)
+    step = dataclasses.replace(plain, weight=weight, prescaled=not residual)
+    program = Program(slots, (entry(0), step, gemm(last, 1, Store(~0), slot=slots[1])), 1, 1)
+    (y,), (wanted,) = run(program, torch.ones(1, 8, 20, 20)), reference(program, [torch.ones(1, 8, 20, 20)])
+    assert torch.equal(y, wanted)
+
+
+@torch.no_grad()
 def test_nan_becomes_the_lowest_step(run):
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.1]).view(1, 4, 1, 1)
     (y,) = run(Program((Slot(4, **U8),), (entry(0), Step("pointwise", 0, (Store(~0),))), 1, 1), x)
