@@ -163,8 +163,12 @@ def judge(found: Tensor, dense: Tensor, extracted: Tensor, wanted: Tensor) -> di
 
 
 def reconstruction() -> str:
-    """The shipped VAE's decoder, taught on codes of training images, judged on test images."""
-    vae, unseen = load_vae(), load_fashion_mnist("test")[:SAMPLES]
+    """The shipped VAE's decoder, taught on codes of training images, judged on test images, where those are installed."""
+    vae = load_vae()
+    try:
+        unseen = load_fashion_mnist("test")[:SAMPLES]
+    except FileNotFoundError as error:
+        return f"The decoder of the shipped VAE was not measured: {error}"
     path = RESULTS / "vae.json"
     if not path.exists():
         with torch.no_grad():
