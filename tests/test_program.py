@@ -260,7 +260,30 @@ def test_steps_too_large_for_an_integer_saturate(run, scale, residual):
     weight = dataclasses.replace(plain.weight, scale=plain.weight.scale * scale)
     step = dataclasses.replace(plain, weight=weight, prescaled=not residual)
     program = Program(slots, (entry(0), step, gemm(last, 1, Store(~0), slot=slots[1])), 1, 1)
-    (y,), (wanted,) = run(program, torch.ones(1, 8, 20, 20)), reference(program, [torch.ones(1, 8, 20, 20)])
+    (y,), (wanted,) = run(program, torch.ones(1, 8, 4, 40)), reference(program, [torch.ones(1, 8, 4, 40)])
+    assert torch.equal(y, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(bool(ops.extension_error()), reason=str(ops.extension_error()))
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("post", ["none", "relu"])
+@pytest.mark.parametrize("kind", ["conv", "upsampled"])
+def test_residual_blocks_of_wide_maps(isa, post, kind):
+    """Maps whose vectors lie in one row each, where the residual is added before the sums leave the registers."""
+    if kind == "conv":
+        layer, x = nn.Conv2d(10, 10, 3, 1, 1), torch.randn(2, 10, 5, 44)
+    else:  # each phase of the transposed convolution adds the same pixel
+        layer, x = nn.ConvTranspose2d(10, 10, 4, 2, 1), torch.randn(2, 10, 5, 36)
+    slots = (Slot(10, **U8), Slot(10, "u8", 0.02, 90))
+    step = gemm(layer, 0, Store(1), slot=slots[0], residual=0, post_act=Act(post))
+    if kind == "upsampled":
+        step = dataclasses.replace(step, residual_upsample=2)
+    last = gemm(nn.Conv2d(10, 3, 3, 1, 1), 1, Store(~0), slot=slots[1])
+    program = Program(slots, (entry(0), step, last), 1, 1)
+    (wanted,) = reference(program, [x])
+    with running_on(isa):
+        (y,) = Engine(program, "cpu").run([x])
     assert torch.equal(y, wanted)
 
 
