@@ -827,7 +827,7 @@ void scatter(const int32_t* words, const TilePixels& tile, const Plan& plan, con
       int64_t j = 0;
       for (; j + S::kLanes <= s.count; j += S::kLanes) S::store(to + j, S::load(from + j));
       if (j < s.count) S::store_partial(to + j, S::load(from + j), int(s.count - j));
-    } else if (sizeof(Word) == 4 && step == 1 && out.phases_w == 2) {
+    } else if (sizeof(Word) == 4 && split_phases && step == 1 && out.phases_w == 2) {
       int32_t *const even = reinterpret_cast<int32_t*>(plane) + first, *const odd = reinterpret_cast<int32_t*>(plane) +
                                                                                     out.at(s.n, s.y, s.x + 1);
       for (int64_t j = 0; j < s.count; j += S::kLanes)
