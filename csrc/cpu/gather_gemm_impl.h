@@ -21,7 +21,8 @@ using S = Simd;
 constexpr int kMaxR = 8;
 constexpr int kMaxV = S::kMaxV4 > S::kMaxV8 ? S::kMaxV4 : S::kMaxV8;
 constexpr int kPreparedV = 4, kPreparedRows = 32;  // vectors and channels that the matrix unit takes at once
-constexpr int kMostTiles = 8;                      // of a task, with the matrix unit
+constexpr int kMostTiles = 8;                      // of a task
+constexpr int64_t kDotsPerTask = 16000;            // of a vector, at least, where there are enough tasks
 constexpr int kGroupChannels = 128;                // output channels of a task, see make_split
 constexpr int kTileWords = 32 * S::kLanes;         // the largest R * V tile
 static_assert(8 * S::kMaxV8 <= 32 && 4 * S::kMaxV4 <= 32, "a tile must fit kTileWords");
@@ -90,9 +91,9 @@ struct TileInput {
 // accumulators would wait for each other. (Without the long registers there is no room, and no such latency either.)
 constexpr int accumulator_sets(int r, int v) { return S::kLanes < 16 || r * v > 8 ? 1 : r * v > 4 ? 2 : 4; }
 
-// finish(acc) takes the sums, T::Acc [R][V]. Inlined into its callers, GCC 12 spills the accumulators.
+// finish(acc) takes the sums, T::Acc [R][V].
 template <class T, int R, int V, class Finish>
-[[gnu::noinline]] void compute_tile(const TileInput& in, const Finish& finish) {
+[[gnu::always_inline]] inline void compute_tile(const TileInput& in, const Finish& finish) {
   constexpr int kSteps = block_planes(T::kFormat);
   constexpr int kRowBytes = kBlockK * element_bytes(T::kFormat);
   constexpr int kSets = accumulator_sets(R, V);
@@ -140,37 +141,37 @@ template <class T, int R, int V, class Finish>
   finish(acc[0]);
 }
 
-template <class T, class Finish>
-void compute_tile(int64_t block_o, int vectors, const TileInput& in, const Finish& finish) {
+// run of the size of the tiles: with std::integral_constant R, V.
+template <class Run>
+void with_size(int64_t block_o, int vectors, const Run& run) {
+  auto with = [&]<int R, int V>() { run(std::integral_constant<int, R>(), std::integral_constant<int, V>()); };
   if (block_o == 8) {
-    if (vectors == 1) return compute_tile<T, 8, 1>(in, finish);
+    if (vectors == 1) return with.template operator()<8, 1>();
     if constexpr (S::kMaxV8 >= 2)
-      if (vectors == 2) return compute_tile<T, 8, 2>(in, finish);
+      if (vectors == 2) return with.template operator()<8, 2>();
     if constexpr (S::kMaxV8 >= 3)
-      if (vectors == 3) return compute_tile<T, 8, 3>(in, finish);
+      if (vectors == 3) return with.template operator()<8, 3>();
   } else {
-    if (vectors == 1) return compute_tile<T, 4, 1>(in, finish);
+    if (vectors == 1) return with.template operator()<4, 1>();
     if constexpr (S::kMaxV4 >= 2)
-      if (vectors == 2) return compute_tile<T, 4, 2>(in, finish);
+      if (vectors == 2) return with.template operator()<4, 2>();
     if constexpr (S::kMaxV4 >= 3)
-      if (vectors == 3) return compute_tile<T, 4, 3>(in, finish);
+      if (vectors == 3) return with.template operator()<4, 3>();
     if constexpr (S::kMaxV4 >= 4)
-      if (vectors == 4) return compute_tile<T, 4, 4>(in, finish);
+      if (vectors == 4) return with.template operator()<4, 4>();
   }
 }
 
-// Keeps the bits of the sums, [R][V][lanes].
-template <class T>
-struct KeepSums {
-  int32_t* to;
-  template <int R, int V>
-  [[gnu::always_inline]] void operator()(const typename T::Acc (&acc)[R][V]) const {
+// The bits of the sums, [R][V][lanes].
+template <class T, int R, int V>
+[[gnu::noinline]] void keep_sums(const TileInput& in, int32_t* to) {
+  compute_tile<T, R, V>(in, [to](const typename T::Acc(&acc)[R][V]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) S::store(to + (r * V + v) * S::kLanes, T::bits(acc[r][v]));
-  }
-};
+  });
+}
 
 // ---- one output pixel of an image of one pixel, int8: lanes are output channels -----------------------------------------------
 
@@ -365,8 +366,11 @@ S::F activate(Activation activation, S::F y, float slope) {
 // Where the vectors of a tile go in every word row of a store.
 struct WordColumns {
   bool direct = false;  // straight to the store's lanes, else to a buffer
+  bool pairs = false;   // two vectors of alternating phases go straight there, once both are known
   int64_t col[kMaxV];   // in words
   int count[kMaxV];     // words of the vector that exist
+  int64_t pair_col[kMaxV];
+  int pair_count[kMaxV];  // of both
 };
 
 // Word rows of one store: `put(i, v)` writes word row i, vector v.
@@ -516,102 +520,121 @@ void finish_plain_rows(const Epilogue& e, const RowTile& tile, int first, int la
   }
 }
 
-// The same while the sums are still in registers, for steps in units of the slot (`bounded`, so that no float is too large
-// for an integer).
-template <Activation kActivation>
-struct FinishSums {
-  const float *scale, *bias;  // of the packed row
-  float slope;
-  int32_t zero;
-  const WordTarget* target;
-  template <int R, int V>
-  [[gnu::always_inline]] void operator()(const S::I (&acc)[R][V]) const {
-#pragma GCC unroll 8
-    for (int i = 0; i < R / 4; i++)
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) {
-        S::I q[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-          const int r = 4 * i + j;
-          q[j] = S::round(activate<kActivation>(S::madd(S::to_float(acc[r][v]), S::set1(scale[r]), S::set1(bias[r])), slope));
-        }
-        target->put(i, v, S::pack4(q[0], q[1], q[2], q[3], zero));
-      }
-  }
-};
+// ---- the same while the sums are still in registers, for u8 stores of whole lanes and float32 stores --------------------------
 
-template <Activation kActivation>
-void compute_finished(int64_t block_o, const TileInput& in, const Epilogue& e, const RowTile& tile) {
-  const float* const scale = e.scale + tile.image * e.scale_stride + tile.first;
-  const float* const bias = e.bias + tile.image * e.bias_stride + tile.first;
-  const FinishSums<kActivation> finish{scale, bias, e.slope, e.stores[0].zero, tile.target};
-  compute_tile<Int8>(block_o, tile.vectors, in, finish);
+// The first `count` words of two vectors that alternate.
+[[gnu::always_inline]] inline void store_interleaved(S::I even, S::I odd, int count, int32_t* to) {
+  S::I lo, hi;
+  S::interleave(even, odd, &lo, &hi);
+  if (count == 2 * S::kLanes) {
+    S::store(to, lo), S::store(to + S::kLanes, hi);
+  } else {
+    S::store_partial(to, lo, count < S::kLanes ? count : S::kLanes);
+    if (count > S::kLanes) S::store_partial(to + S::kLanes, hi, count - S::kLanes);
+  }
 }
 
-// The same for the sum with a u8 slot that lies as the tile reads it, as at the end of a residual block.
-struct FinishResidual {
-  const float *scale, *bias;  // of the packed row
-  float least;                // 0 where a ReLU follows, else minus infinity
-  const Store* store;
-  const WordTarget* target;
-  const Reader* residual;
-  const uint8_t* plane;  // of the residual, with the row's first channels
-  template <int R, int V>
-  [[gnu::always_inline]] void operator()(const S::I (&acc)[R][V]) const {
-    const Source& source = *residual->source;
+// Where the words of a tile go in one store. A copy, and all values are made before the first is stored: else the compiler has to
+// expect that a store changes what is still to be read.
+template <int R, int V>
+struct TileWords {
+  int32_t* row[R];      // of words; nullptr: not wanted (padding rows)
+  const int32_t* even;  // those of the phase before, [R][V][lanes], which alternate with these; or nullptr
+  int64_t col[V], pair_col[V];
+  int count[V], pair_count[V];
+  void set(const WordColumns& columns) {
+    for (int v = 0; v < V; v++) {
+      col[v] = columns.col[v], count[v] = columns.count[v];
+      pair_col[v] = columns.pair_col[v], pair_count[v] = columns.pair_count[v];
+    }
+  }
+  // The V vectors of word row i.
+  [[gnu::always_inline]] void put_row(int i, const S::I (&words)[V]) const {
+    if (even) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++)
+        store_interleaved(S::load(even + (i * V + v) * S::kLanes), words[v], pair_count[v], row[i] + pair_col[v]);
+      return;
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      if (count[v] == S::kLanes)
+        S::store(row[i] + col[v], words[v]);
+      else
+        S::store_partial(row[i] + col[v], words[v], count[v]);
+    }
+  }
+  // u8
+  [[gnu::always_inline]] void put(const S::I (&q)[R][V], int32_t zero) const {
 #pragma GCC unroll 8
     for (int i = 0; i < R / 4; i++) {
-      if (!target->row[i]) continue;  // padding rows, whose planes may not exist
+      if (!row[i]) continue;
+      S::I words[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v++) {
-        const S::I word = S::load(plane + 4 * (residual->lane[v] + i * source.layout.plane_stride));
-        const S::I other[4] = {word, S::shift_right<8>(word), S::shift_right<16>(word), S::shift_right<24>(word)};
-        S::I q[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-          const int r = 4 * i + j;
-          const S::F y = S::madd(S::to_float(acc[r][v]), S::set1(scale[r]), S::set1(bias[r]));
-          q[j] = simd_quantize(S::max(S::set1(least), S::add(y, dequantized(source, other[j]))), store->inv_scale);
-        }
-        target->put(i, v, S::pack4(q[0], q[1], q[2], q[3], store->zero));
-      }
+      for (int v = 0; v < V; v++) words[v] = S::pack4(q[4 * i][v], q[4 * i + 1][v], q[4 * i + 2][v], q[4 * i + 3][v], zero);
+      put_row(i, words);
     }
   }
 };
 
-void compute_residual(int64_t block_o, const TileInput& in, const Epilogue& e, const RowTile& tile) {
-  const float* const scale = e.scale + tile.image * e.scale_stride + tile.first;
-  const float* const bias = e.bias + tile.image * e.bias_stride + tile.first;
-  const Source& source = *tile.residual->source;
-  const uint8_t* const plane = source.data + 4 * (tile.first / 4 * source.layout.plane_stride);
-  const float least = e.post_activation == Activation::kRelu ? 0.0f : -INFINITY;
-  compute_tile<Int8>(block_o, tile.vectors, in,
-                     FinishResidual{scale, bias, least, &e.stores[0], tile.target, tile.residual, plane});
+// The whole tile, of which `rows` rows are real. All activations but those of an operation or two go by way of memory, so that
+// there is one copy of their code.
+[[gnu::noinline]] void activate_all(Activation activation, float slope, float* y, int64_t vectors) {
+  for (int64_t i = 0; i < vectors; i++, y += S::kLanes) S::store(y, S::as_i(activate(activation, S::load_f(y), slope)));
 }
 
-using ComputeFinished = void (*)(int64_t, const TileInput&, const Epilogue&, const RowTile&);
-
-// nullptr where the sums have to be kept.
-ComputeFinished choose_finished(const Epilogue& e, const bool* whole_lanes, const Reader& residual) {
-  if (e.residual) {
-    const bool fits = stores_plainly(e, whole_lanes) && e.activation == Activation::kNone && residual.direct && !residual.twice &&
-                      e.residual->layout.format == Format::kInt8 && !e.residual->one_channel;
-    const bool rectifies = e.post_activation == Activation::kNone || e.post_activation == Activation::kRelu;
-    return fits && rectifies ? compute_residual : nullptr;
+template <int R, int V>
+[[gnu::always_inline]] inline void activate_tile(Activation activation, float slope, int rows, S::F (&y)[R][V]) {
+  if (activation == Activation::kNone) return;
+  if (activation == Activation::kRelu) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) y[r][v] = activate<Activation::kRelu>(y[r][v], slope);
+    return;
   }
-  if (!e.bounded || !is_plain(e, whole_lanes) || e.stores[0].inv_scale != 1.0f) return nullptr;
-  switch (e.activation) {
-    case Activation::kNone:
-      return compute_finished<Activation::kNone>;
-    case Activation::kRelu:  // saturation to u8 with no zero point is one already
-      return e.stores[0].zero == 0 ? compute_finished<Activation::kNone> : compute_finished<Activation::kRelu>;
-    case Activation::kLeakyRelu:
-      return compute_finished<Activation::kLeakyRelu>;
-    default:
-      return nullptr;
+  if (activation == Activation::kLeakyRelu) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) y[r][v] = activate<Activation::kLeakyRelu>(y[r][v], slope);
+    return;
   }
+  alignas(64) float values[R][V][S::kLanes];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) S::store(values[r][v], S::as_i(y[r][v]));
+  activate_all(activation, slope, values[0][0], rows * V);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) y[r][v] = S::load_f(values[r][v]);
 }
+
+// For steps in units of the slot (`bounded`, so that no float is too large for an integer) with one store that only rounds.
+template <Activation kActivation>
+struct FinishSums {
+  static constexpr bool kGeneral = false;
+  static constexpr int kStores = 1;
+  static bool fits(const Epilogue& e) {
+    const Store& s = e.stores[0];
+    return e.store_count == 1 && e.bounded && !e.residual && e.post_activation == Activation::kNone && !e.sums &&
+           s.layout->format == Format::kInt8 && s.inv_scale == 1.0f && s.activation == Activation::kNone && !s.scale && !s.factor;
+  }
+  const Epilogue& e;
+  template <int R, int V>
+  [[gnu::always_inline]] void operator()(const S::I (&acc)[R][V], const float* scale, const float* bias,
+                                         const TileWords<R, V>* words) const {
+    S::I q[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++)
+        q[r][v] = S::round(activate<kActivation>(S::madd(S::to_float(acc[r][v]), S::set1(scale[r]), S::set1(bias[r])), e.slope));
+    words->put(q, e.stores[0].zero);
+  }
+};
 
 using FinishRows = void (*)(const Epilogue&, const RowTile&, int, int, int, int);
 template <class T>
@@ -686,12 +709,15 @@ Split make_split(const GatherGemm& op, int threads) {
   // the matrix unit finishes a tile during the products of the next
   while (op.prepared && s.tile_group < kMostTiles && s.tile_groups() * s.row_groups * s.phase_rows >= 16 * threads)
     s.tile_group *= 2;
-  s.strip = ceil_div(s.tile_groups(), ceil_div(ceil_div(s.tiles, 16), threads) * threads);
   for (int i = 0; i < op.epilogue.store_count; i++) s.whole_lanes[i] = fills_lanes(w, op.epilogue.stores[i]);
   s.whole_fours = holds_whole(w, 4);
   const int64_t all_vectors = s.vectors * (op.per_image ? plan.in.images : 1);
   // without weights about ten instructions a vector of one channel
   s.dots = all_vectors * (op.source ? w.rows * w.block_o * 10 : w.blocks * w.block_o * block_planes(w.format));
+  // a task begins with some 200 cycles of looking for its place
+  while (!op.prepared && s.tile_group < kMostTiles && s.tasks() >= 32 * threads && s.dots / s.tasks() < kDotsPerTask)
+    s.tile_group *= 2;
+  s.strip = ceil_div(s.tile_groups(), ceil_div(ceil_div(s.tiles, 16), threads) * threads);
   return s;
 }
 
@@ -709,6 +735,7 @@ constexpr int kMaxSegments = kMaxV * S::kLanes;
 
 // The raster pixels of some vectors as segments of the output, and where their inputs start.
 struct TilePixels {
+  int vectors = 0;
   int64_t index = 0;  // of the tile, phase rows counted too, in its image
   int64_t image = 0;  // where images do not share a tile
   const uint8_t* x[kMaxV];
@@ -726,6 +753,7 @@ void find_pixels(const GatherGemm& op, int64_t image, int64_t first, int vectors
   const int64_t per_image = vectors_per_image(plan), per_row = ceil_div(plan.raster_w, S::kLanes);
   const int64_t step = pixel_step(plan), words_in_row = step == 1 ? plan.out_w - phase.x0 : ceil_div(plan.out_w - phase.x0, step);
   const bool vertical = op.prepared && vertical_pairs(op) != 0;
+  tile->vectors = vectors;
   tile->image = image;
   tile->count = 0;
   const Quotient images = divide(first, per_image);
@@ -777,10 +805,14 @@ void find_columns(const GatherGemm& op, const Split& split, int vectors, TilePix
     WordColumns& columns = tile->columns[s];
     columns.direct = plan.step_w == 1 && !plan.flat && !plan.in.batch_in_cols && out.phases_w == 1 && tile->count == vectors &&
                      (split.whole_lanes[s] || out.format == Format::kFloat32);
+    columns.pairs = plan.interleave == 2 && pixel_step(plan) == 1 && !plan.flat && !plan.in.batch_in_cols && out.phases_w == 1 &&
+                    tile->count == vectors && (split.whole_lanes[s] || out.format == Format::kFloat32);
     for (int v = 0; v < vectors; v++) {
       const Segment& segment = tile->segments[v];
-      columns.col[v] = columns.direct ? out.at(segment.n, segment.y, segment.x) : v * S::kLanes;
+      const int64_t lane = columns.direct || columns.pairs ? out.at(segment.n, segment.y, segment.x) : 0;
+      columns.col[v] = columns.direct ? lane : v * S::kLanes;
       columns.count[v] = columns.direct ? int(segment.count) : S::kLanes;
+      columns.pair_col[v] = lane, columns.pair_count[v] = int(segment.count);
     }
   }
 }
@@ -853,7 +885,7 @@ void scatter(const int32_t* words, const TilePixels& tile, const Plan& plan, con
 
 // The blocks of a packed row that output phase `index` uses.
 template <class T>
-void select_phase(const GatherGemm& op, int64_t row, int64_t index, TileInput* in) {
+[[gnu::always_inline]] inline void select_phase(const GatherGemm& op, int64_t row, int64_t index, TileInput* in) {
   const PackedWeight& w = *op.weight;
   const OutputPhase& phase = op.plan->phases[index];
   const int64_t begin = w.tap_ptr[row * w.taps + phase.tap_begin], end = w.tap_ptr[row * w.taps + phase.tap_end];
@@ -914,13 +946,153 @@ void load_rows(const GatherGemm& op, const TilePixels& tile, int vectors, int64_
   }
 }
 
+// Any epilogue, and steps without weights, while the values are in registers.
+struct FinishAll {
+  static constexpr bool kGeneral = true;
+  static constexpr int kStores = kMaxStores;
+  const GatherGemm& op;
+  const Split& split;
+  const TilePixels& tile;
+  TileMemory* memory;
+  int64_t row;
+  int b;  // output phase
+
+  // What does not lie as the tile reads it goes to the buffers of its readers.
+  void prepare() const {
+    const int block_o = int(op.weight->block_o), vectors = tile.vectors;
+    const int64_t first = row * block_o;
+    if (op.source && !tile.source.direct) load_rows(op, tile, vectors, first, block_o, memory->acc);
+    if (op.epilogue.residual && !tile.residual.direct)
+      for (int r = 0; r < block_o; r++)
+        if (op.weight->row_channels[first + r] >= 0)
+          load_residual(op, tile, op.weight->row_channels[first + r], b, memory->residual + r * vectors * S::kLanes);
+  }
+
+  template <int R, int V>
+  [[gnu::always_inline]] void operator()(const S::I (&acc)[R][V], const float* scale, const float* bias,
+                                         const TileWords<R, V>* words) const {
+    S::F y[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) y[r][v] = S::madd(S::to_float(acc[r][v]), S::set1(scale[r]), S::set1(bias[r]));
+    finish(y, words);
+  }
+
+  template <int R, int V>
+  [[gnu::always_inline]] void pointwise(const float* scale, const float* bias, const TileWords<R, V>* words) const {
+    S::F y[R][V];
+#pragma GCC unroll 8
+    for (int i = 0; i < R / 4; i++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) {
+        S::F x[4];
+        tile.source.load(row * R + 4 * i, i, v, V, x);
+#pragma GCC unroll 8
+        for (int j = 0; j < 4; j++) y[4 * i + j][v] = S::madd(x[j], S::set1(scale[4 * i + j]), S::set1(bias[4 * i + j]));
+      }
+    finish(y, words);
+  }
+
+ private:
+  template <int R, int V>
+  [[gnu::always_inline]] void finish(S::F (&y)[R][V], const TileWords<R, V>* words) const {
+    const Epilogue& e = op.epilogue;
+    const int64_t first = row * R;
+    int rows = R;
+    while (rows > 0 && op.weight->row_channels[first + rows - 1] < 0) rows--;
+    activate_tile(e.activation, e.slope, rows, y);
+    if (e.residual) {
+#pragma GCC unroll 8
+      for (int i = 0; i < R / 4; i++)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) {
+          S::F other[4];
+          tile.residual.load(first + 4 * i, i, v, V, other);
+#pragma GCC unroll 8
+          for (int j = 0; j < 4; j++) y[4 * i + j][v] = S::add(y[4 * i + j][v], other[j]);
+        }
+    }
+    activate_tile(e.post_activation, e.post_slope, rows, y);
+    if (e.sums) add_to_sums(y);
+    for (int s = 0; s < e.store_count; s++) put(e.stores[s], rows, y, words[s]);
+  }
+
+  template <int R, int V>
+  [[gnu::always_inline]] void add_to_sums(const S::F (&y)[R][V]) const {
+    const int64_t channels = op.weight->rows * R;
+    float* const sums =
+        op.epilogue.sums + (tile.image * split.tiles_per_image * split.phase_rows + tile.index) * 2 * channels + row * R;
+    for (int r = 0; b == 0 && r < R; r++) sums[r] = sums[channels + r] = 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < R / 4; i++) {
+      S::F sum[4], square[4];
+#pragma GCC unroll 8
+      for (int j = 0; j < 4; j++) sum[j] = square[j] = S::set1(0.0f);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) {
+        const S::I real = S::load(memory->real[b] + v * S::kLanes);
+#pragma GCC unroll 8
+        for (int j = 0; j < 4; j++) {
+          const S::F masked = S::as_f(S::bit_and(S::as_i(y[4 * i + j][v]), real));
+          sum[j] = S::add(sum[j], masked);
+          square[j] = S::madd(masked, masked, square[j]);
+        }
+      }
+      S::add_sums(sum, sums + 4 * i);
+      S::add_sums(square, sums + channels + 4 * i);
+    }
+  }
+
+  template <int R, int V>
+  [[gnu::always_inline]] void put(const Store& store, int rows, const S::F (&y)[R][V], const TileWords<R, V>& words) const {
+    const int64_t first = row * R;
+    S::F w[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) w[r][v] = y[r][v];
+    if (store.scale)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) w[r][v] = S::madd(w[r][v], S::set1(store.scale[first + r]), S::set1(store.bias[first + r]));
+    activate_tile(store.activation, store.slope, rows, w);
+    if (store.factor) {
+      const float* const factor = store.factor + tile.image * store.factor_stride + first;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) w[r][v] = S::mul(w[r][v], S::set1(factor[r]));
+    }
+    if (store.layout->format == Format::kInt8) {
+      S::I q[R][V];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) q[r][v] = simd_quantize(w[r][v], store.inv_scale);
+      words.put(q, store.zero);
+      return;
+    }
+    const bool pairs = store.layout->format == Format::kBFloat16;
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+      if ((pairs && i >= R / 2) || !words.row[i]) continue;
+      S::I bits[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) bits[v] = pairs ? simd_pack_bf16(w[2 * i % R][v], w[(2 * i + 1) % R][v]) : S::as_i(w[i][v]);
+      words.put_row(i, bits);
+    }
+  }
+};
+
 template <class T>
 void compute_rows(const GatherGemm& op, const TilePixels& tile, int vectors, int64_t row, int64_t phase, TileInput* in,
                   int32_t* acc) {
   const int block_o = int(op.weight->block_o);
   if (!op.plan->pixels) {
     select_phase<T>(op, row, phase, in);
-    return compute_tile<T>(block_o, vectors, *in, KeepSums<T>{acc});
+    return with_size(block_o, vectors, [&](auto r, auto v) { keep_sums<T, r, v>(*in, acc); });
   }
   for (int v = 0; v < vectors; v++) {
     in->x[0] = tile.x[v];
@@ -953,8 +1125,8 @@ void write_store(const GatherGemm& op, const TilePixels& tile, int vectors, int6
     }
     return;
   }
-  // Two phases that alternate, and a segment a vector: no need to put them into a line first.
-  const bool straight = interleave == 2 && !plan.flat && !plan.in.batch_in_cols && out.phases_w == 1 && pixel_step(plan) == 1;
+  // Two phases that alternate: no need to put them into a line first.
+  const bool straight = interleave == 2 && !plan.in.batch_in_cols && out.phases_w == 1 && pixel_step(plan) == 1;
   for (int i = 0; i < word_rows; i++) {
     const int32_t row_channel = w.row_channels[row * block_o + (whole_lanes ? i * per_lane : i)];
     if (row_channel < 0) continue;
@@ -968,14 +1140,9 @@ void write_store(const GatherGemm& op, const TilePixels& tile, int vectors, int6
         const Segment& segment = tile.segments[k];
         const int64_t from = i * words + segment.tile_word / 2;
         int32_t* const to = reinterpret_cast<int32_t*>(plane) + out.at(segment.n, segment.y, segment.x);
-        S::I lo, hi;
-        S::interleave(S::load(buffer[0] + from), S::load(buffer[1] + from), &lo, &hi);
-        if (segment.count == 2 * S::kLanes) {
-          S::store(to, lo), S::store(to + S::kLanes, hi);
-        } else {
-          S::store_partial(to, lo, int(std::min<int64_t>(segment.count, S::kLanes)));
-          if (segment.count > S::kLanes) S::store_partial(to + S::kLanes, hi, int(segment.count - S::kLanes));
-        }
+        for (int64_t j = 0; j < segment.count; j += 2 * S::kLanes)
+          store_interleaved(S::load(buffer[0] + from + j / 2), S::load(buffer[1] + from + j / 2),
+                            int(std::min<int64_t>(segment.count - j, 2 * S::kLanes)), to + j);
       }
       continue;
     }
@@ -1076,17 +1243,6 @@ class RowFinish {
         write_store(op_, tile_, vectors_, row_, op_.epilogue.stores[s], split_.whole_lanes[s], memory_->words[s]);
   }
 
-  // The whole row, its sums never in memory.
-  void run(int64_t row, ComputeFinished compute, TileInput* in) {
-    begin(row);
-    for (int b = 0; b < op_.plan->interleave; b++) {
-      begin_phase(b, nullptr);
-      select_phase<T>(op_, row, phase_row_ * op_.plan->interleave + b, in);
-      compute(op_.weight->block_o, *in, op_.epilogue, rows_);
-    }
-    end();
-  }
-
   // `compute(phase)` gives the accumulators.
   template <class Compute>
   void run(int64_t row, const Compute& compute) {
@@ -1111,6 +1267,83 @@ class RowFinish {
   FinishRows finish_;
 };
 
+// Packed rows of a tile, from the products to the stores.
+template <class Finish, int R, int V>
+[[gnu::noinline]] void run_in_registers(const GatherGemm& op, const Split& split, const TilePixels& tile, int64_t first_row,
+                                        int64_t last_row, int64_t phase_row, TileInput in, TileMemory* memory) {
+  const PackedWeight& w = *op.weight;
+  const Epilogue& e = op.epilogue;
+  const int interleave = int(op.plan->interleave);
+  const float* const scale = e.scale + tile.image * e.scale_stride;
+  const float* const bias = e.bias + tile.image * e.bias_stride;
+  TileWords<R, V> words[Finish::kStores];
+  for (int s = 0; s < Finish::kStores; s++) words[s].set(tile.columns[s]);
+  for (int64_t row = first_row; row < last_row; row++) {
+    const int32_t* const channels = w.row_channels + row * R;
+    for (int b = 0; b < interleave; b++) {
+      auto find_rows = [&](int s, int shift) __attribute__((always_inline)) {
+        const Store& store = e.stores[s];
+        const bool pairs = tile.columns[s].pairs && b == 1, whole = tile.columns[s].direct || pairs;
+        words[s].even = pairs ? memory->words[s][0] : nullptr;
+        for (int i = 0; i < R >> shift; i++) {
+          const int64_t channel = channels[i << shift];
+          int32_t* const lanes =
+              reinterpret_cast<int32_t*>(store.data) + ((store.channel + channel) >> shift) * store.layout->plane_stride;
+          words[s].row[i] = channel < 0 ? nullptr : whole ? lanes : memory->words[s][b] + i * V * S::kLanes;
+        }
+      };
+      if constexpr (Finish::kGeneral)
+        for (int s = 0; s < e.store_count; s++) find_rows(s, lane_shift(e.stores[s].layout->format));
+      else
+        find_rows(0, 2);
+      if constexpr (Finish::kGeneral) {
+        const Finish finish{op, split, tile, memory, row, b};
+        finish.prepare();
+        if (op.source) {
+          finish.template pointwise<R, V>(scale + row * R, bias + row * R, words);
+          continue;
+        }
+        select_phase<Int8>(op, row, phase_row * interleave + b, &in);
+        compute_tile<Int8, R, V>(in, [&](const S::I(&acc)[R][V])
+                                         __attribute__((always_inline)) { finish(acc, scale + row * R, bias + row * R, words); });
+      } else {
+        select_phase<Int8>(op, row, phase_row * interleave + b, &in);
+        compute_tile<Int8, R, V>(in, [&](const S::I(&acc)[R][V]) __attribute__((always_inline)) {
+          Finish{e}(acc, scale + row * R, bias + row * R, words);
+        });
+      }
+    }
+    for (int s = 0; s < e.store_count; s++)
+      if (!tile.columns[s].direct && !tile.columns[s].pairs) write_store(op, tile, V, row, e.stores[s], true, memory->words[s]);
+  }
+}
+
+using RunInRegisters = void (*)(const GatherGemm&, const Split&, const TilePixels&, int64_t, int64_t, int64_t, TileInput,
+                                TileMemory*);
+
+template <class Finish>
+RunInRegisters run_with(const GatherGemm& op, int vectors) {
+  RunInRegisters run = nullptr;
+  with_size(op.weight->block_o, vectors, [&](auto r, auto v) { run = run_in_registers<Finish, r, v>; });
+  return run;
+}
+
+// nullptr where the sums have to go to memory.
+RunInRegisters choose_in_registers(const GatherGemm& op, const Split& split, int vectors) {
+  const Epilogue& e = op.epilogue;
+  if (op.plan->pixels) return nullptr;
+  for (int s = 0; s < e.store_count; s++)
+    if (!split.whole_lanes[s]) return nullptr;
+  if (!op.source && FinishSums<Activation::kNone>::fits(e)) {
+    if (e.activation == Activation::kNone) return run_with<FinishSums<Activation::kNone>>(op, vectors);
+    if (e.activation == Activation::kRelu)  // saturation to u8 with no zero point is one already
+      return e.stores[0].zero == 0 ? run_with<FinishSums<Activation::kNone>>(op, vectors)
+                                   : run_with<FinishSums<Activation::kRelu>>(op, vectors);
+    if (e.activation == Activation::kLeakyRelu) return run_with<FinishSums<Activation::kLeakyRelu>>(op, vectors);
+  }
+  return run_with<FinishAll>(op, vectors);
+}
+
 template <class T>
 void run_rows(const GatherGemm& op, const Split& split, const TilePixels& tile, int vectors, int64_t first_row, int64_t last_row,
               int64_t phase_row, TileMemory* memory) {
@@ -1118,13 +1351,10 @@ void run_rows(const GatherGemm& op, const Split& split, const TilePixels& tile, 
   for (int v = 0; v < vectors; v++) in.x[v] = tile.x[v];
   in.offsets = op.plan->offsets.data();
   in.plane_bytes = 4 * op.plan->in.plane_stride;
+  if (T::kFormat == Format::kInt8 || op.source)
+    if (const RunInRegisters run = choose_in_registers(op, split, vectors))
+      return run(op, split, tile, first_row, last_row, phase_row, in, memory);
   RowFinish<T> finish(op, split, tile, vectors, phase_row, memory);
-  if constexpr (T::kFormat == Format::kInt8)
-    if (const ComputeFinished compute =
-            op.plan->pixels ? nullptr : choose_finished(op.epilogue, split.whole_lanes, tile.residual)) {
-      for (int64_t row = first_row; row < last_row; row++) finish.run(row, compute, &in);
-      return;
-    }
   for (int64_t row = first_row; row < last_row; row++)
     finish.run(row, [&](int64_t phase) {
       if (!op.source)
@@ -1782,6 +2012,21 @@ int64_t vertical_pairs(const GatherGemm&) { return 0; }
 
 #endif
 
+void run_tile(const GatherGemm& op, const Split& split, int64_t t, int64_t first_row, int64_t last_row, int64_t phase_row,
+              TilePixels* tile, TileMemory* memory) {
+  const int vectors = find_tile(op, split, t, phase_row, tile, memory);
+  if (!op.source && is_single_pixel(op)) return run_single_pixel(op, split, *tile, vectors, first_row, last_row);
+  if (op.source) return run_rows<Float32>(op, split, *tile, vectors, first_row, last_row, phase_row, memory);
+  switch (op.weight->format) {
+    case Format::kInt8:
+      return run_rows<Int8>(op, split, *tile, vectors, first_row, last_row, phase_row, memory);
+    case Format::kBFloat16:
+      return run_rows<BFloat16>(op, split, *tile, vectors, first_row, last_row, phase_row, memory);
+    case Format::kFloat32:
+      return run_rows<Float32>(op, split, *tile, vectors, first_row, last_row, phase_row, memory);
+  }
+}
+
 void run_task(const GatherGemm& op, const Split& split, int64_t task) {
   // strips of tiles; in a strip every (row group, phase row), then its tiles: output rows of two phases share cache lines
   const int64_t rest = split.row_groups * split.phase_rows, tile_groups = split.tile_groups();
@@ -1790,25 +2035,14 @@ void run_task(const GatherGemm& op, const Split& split, int64_t task) {
   const Quotient parts = divide(strips.rest, width), groups = divide(parts.whole, split.phase_rows);
   const int64_t t = first_tile + parts.rest, phase_row = groups.rest, first_row = groups.whole * split.row_group;
   const int64_t last_row = std::min(first_row + split.row_group, op.weight->rows);
+  const int64_t last_tile = std::min((t + 1) * split.tile_group, split.tiles);
 #if defined(SPARSEGAN_TILES)
-  if (op.prepared) {
-    const int64_t last_tile = (t + 1) * split.tile_group < split.tiles ? (t + 1) * split.tile_group : split.tiles;
-    return run_tile_task(op, split, t * split.tile_group, last_tile, first_row, last_row, phase_row);
-  }
+  if (op.prepared) return run_tile_task(op, split, t * split.tile_group, last_tile, first_row, last_row, phase_row);
 #endif
   TilePixels tile;
   TileMemory memory;
-  const int vectors = find_tile(op, split, t, phase_row, &tile, &memory);
-  if (!op.source && is_single_pixel(op)) return run_single_pixel(op, split, tile, vectors, first_row, last_row);
-  if (op.source) return run_rows<Float32>(op, split, tile, vectors, first_row, last_row, phase_row, &memory);
-  switch (op.weight->format) {
-    case Format::kInt8:
-      return run_rows<Int8>(op, split, tile, vectors, first_row, last_row, phase_row, &memory);
-    case Format::kBFloat16:
-      return run_rows<BFloat16>(op, split, tile, vectors, first_row, last_row, phase_row, &memory);
-    case Format::kFloat32:
-      return run_rows<Float32>(op, split, tile, vectors, first_row, last_row, phase_row, &memory);
-  }
+  for (int64_t i = t * split.tile_group; i < last_tile; i++)
+    run_tile(op, split, i, first_row, last_row, phase_row, &tile, &memory);
 }
 
 // ---- float32 tensors to lanes ------------------------------------------------------------------------------------------------

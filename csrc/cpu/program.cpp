@@ -20,6 +20,7 @@ constexpr int64_t kSlackBytes = 128;
 // Dot products of one vector below which a step is not worth sharing (about 1.5 us of work), and a program not worth waking other
 // threads for.
 constexpr int64_t kSerialWork = 8000, kSerialProgram = 60000;
+constexpr int64_t kUnsharedBytes = 512 << 10;  // of activations: well inside the second cache beside the weights
 constexpr int64_t kJobsPerStep = 2;
 constexpr int64_t kLinesPerTask = 4;
 constexpr size_t kMostPlans = 8;  // shapes of inputs that are remembered
@@ -48,6 +49,14 @@ void need(bool ok, size_t step, const char* text) {
   if (!ok) fail("step " + std::to_string(step) + ": " + text);
 }
 
+// A side of the ring: mostly one word, for which the loop of std::fill takes long to begin.
+void fill_side(int32_t* to, int32_t* end, int32_t word) {
+  if (end - to == 1)
+    *to = word;
+  else if (end != to)
+    std::fill(to, end, word);
+}
+
 // Writes part `part` of `parts` of what steps do not store of a slot: the ring and whole padding planes. The parts follow the
 // order of the tasks that store, so that the caches of two cores seldom have to send each other the lines where a ring and an
 // image meet.
@@ -64,15 +73,15 @@ void fill_ring(const LaneLayout& l, int32_t word, uint8_t* data, int64_t part, i
     };
     const auto rows = range(l.top, l.height, phase / l.phases_w, l.phases_h);
     const auto cols = range(l.left, l.batch_in_cols ? l.images : l.width, phase % l.phases_w, l.phases_w);
-    int32_t* const from = reinterpret_cast<int32_t*>(data) + n * l.image_stride + phase * l.phase_stride;
-    for (int64_t k = 0; k < inner; k++) {
+    int32_t* to = reinterpret_cast<int32_t*>(data) + n * l.image_stride + phase * l.phase_stride +
+                  o * (by_rows ? l.row_stride : l.plane_stride);
+    for (int64_t k = 0; k < inner; k++, to += l.cols) {
       const int64_t plane = by_rows ? k : o, row = by_rows ? o : k;
-      int32_t* const to = from + plane * l.plane_stride + row * l.row_stride;
       if (plane >= real_planes || row < rows.first || row >= rows.second) {
         std::fill(to, to + l.cols, word);
       } else {
-        std::fill(to, to + cols.first, word);
-        std::fill(to + cols.second, to + l.cols, word);
+        fill_side(to, to + cols.first, word);
+        fill_side(to + cols.second, to + l.cols, word);
       }
     }
   }
@@ -181,15 +190,18 @@ Source slot_source(const SlotSpec& spec, const SlotPlan& slot, const uint8_t* me
   return s;
 }
 
-// Places buffers so that those alive at the same time do not overlap, the largest first; returns the bytes of all.
+// Places buffers so that those alive at the same time do not overlap, the largest first; returns the bytes of all. Few bytes are
+// not shared at all: what a core wrote stays in its cache until it writes there again, and no other core has to be asked for it.
 int64_t place(std::vector<Buffer*> buffers) {
+  int64_t all = 0;
+  for (const Buffer* b : buffers) all += b->bytes;
   std::stable_sort(buffers.begin(), buffers.end(), [](const Buffer* a, const Buffer* b) { return a->bytes > b->bytes; });
   int64_t end = 0;
   for (size_t i = 0; i < buffers.size(); i++) {
     Buffer& b = *buffers[i];
     std::vector<std::pair<int64_t, int64_t>> taken;
     for (size_t j = 0; j < i; j++)
-      if (buffers[j]->first_step <= b.last_step && b.first_step <= buffers[j]->last_step)
+      if (all <= kUnsharedBytes || (buffers[j]->first_step <= b.last_step && b.first_step <= buffers[j]->last_step))
         taken.push_back({buffers[j]->offset, buffers[j]->offset + buffers[j]->bytes});
     std::sort(taken.begin(), taken.end());
     for (const auto& [from, to] : taken) {
