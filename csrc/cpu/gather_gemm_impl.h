@@ -176,18 +176,20 @@ template <class T, int R, int V>
 // ---- one output pixel of an image of one pixel, int8: lanes are output channels -----------------------------------------------
 
 // Blocks follow each other as R weight words of 4 channels, so a vector of weights holds kLanes / R blocks, each of which wants
-// its own word of x in all its lanes. sums: [R] int32.
+// its own word of x in all its lanes. The words lie side by side, from that of column `first` on. sums: [R] int32.
 template <int R>
-void compute_pixel(const TileInput& in, int32_t* sums) {
+void compute_pixel(const TileInput& in, int64_t first, int32_t* sums) {
   constexpr int kBlocks = S::kLanes / R;
+  constexpr int64_t kPrefetch = 1024;  // bytes; the weights come from the second cache faster than it guesses
   const int32_t *col = in.cols, *const end = in.cols + in.blocks;
   const uint8_t* w = in.values;
-  auto x = [&](int64_t i) { return S::broadcast(in.x[0] + in.offsets[col[i]]); };
+  auto x = [&](int64_t i) { return S::broadcast(in.x[0] + 4 * (col[i] - first)); };
   auto add_blocks = [&](S::I& acc) __attribute__((always_inline)) {
     S::I xs = x(0);
     if constexpr (kBlocks == 2) xs = S::join<R>(xs, x(1));
     if constexpr (kBlocks == 4) xs = S::join<2 * R>(S::join<R>(xs, x(1)), S::join<3 * R>(x(2), x(3)));
     S::dot8(acc, S::split_x(xs), S::split_w(S::load(w)));
+    __builtin_prefetch(w + kPrefetch);
     col += kBlocks, w += S::kLanes * 4;
   };
   S::I acc[2] = {S::set1(0), S::set1(0)};  // by turns, since a dot product takes longer than the loads of the next
@@ -1086,6 +1088,11 @@ struct FinishAll {
   }
 };
 
+void compute_pixel(const GatherGemm& op, int64_t phase, const TileInput& in, int32_t* sums) {
+  const int64_t first = op.plan->phases[phase].tap_begin * op.plan->in.planes;
+  op.weight->block_o == 8 ? compute_pixel<8>(in, first, sums) : compute_pixel<4>(in, first, sums);
+}
+
 template <class T>
 void compute_rows(const GatherGemm& op, const TilePixels& tile, int vectors, int64_t row, int64_t phase, TileInput* in,
                   int32_t* acc) {
@@ -1099,7 +1106,7 @@ void compute_rows(const GatherGemm& op, const TilePixels& tile, int vectors, int
     for (int lane = 0; lane < S::kLanes && tile.first_pixel[v] + lane < int64_t(op.plan->phases.size()); lane++) {
       select_phase<T>(op, row, tile.first_pixel[v] + lane, in);
       int32_t sums[kMaxR];
-      block_o == 8 ? compute_pixel<8>(*in, sums) : compute_pixel<4>(*in, sums);
+      compute_pixel(op, tile.first_pixel[v] + lane, *in, sums);
       for (int r = 0; r < block_o; r++) acc[(r * vectors + v) * S::kLanes + lane] = sums[r];
     }
   }
@@ -1388,7 +1395,7 @@ void run_single_pixel(const GatherGemm& op, const Split& split, const TilePixels
     for (int64_t row = first_row; row < last_row; row++) {
       select_phase<Int8>(op, row, 0, &in);
       int32_t* to = sums + (row - first_row) * w.block_o;
-      w.block_o == 8 ? compute_pixel<8>(in, to) : compute_pixel<4>(in, to);
+      compute_pixel(op, 0, in, to);
     }
     const Segment& segment = tile.segments[v];
     uint8_t* const pixel = store.data + 4 * store.layout->at(segment.n, segment.y, segment.x);
