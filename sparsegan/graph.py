@@ -317,7 +317,7 @@ class CheckInputs(nn.Module):
         self._accepted: set[tuple[Any, ...]] = set()
 
     def forward(self, *inputs: Any) -> None:
-        came = tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs)
+        came = tuple([x.shape if isinstance(x, Tensor) else x for x in inputs])  # in every call
         traced = torch.compiler.is_compiling()  # then sizes may be symbols
         if not traced and came in self._accepted:
             return

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,25 @@ class TestKernelCheck:
         monkeypatch.setattr(Engine, "run", wrong)
         with pytest.raises(WrongKernelError, match="no speed is reported"):
             check_kernels(model, Z)
+
+    @pytest.mark.parametrize(("layers", "limit"), [(1, 0.03), (32, 0.06)])
+    def test_allows_deep_networks_more(self, layers: int, limit: float, monkeypatch: pytest.MonkeyPatch):
+        dense = nn.Conv2d(8, 8, 1, bias=False)
+        model = nn.Sequential(*[SparseConv2d.from_dense(dense, dtype=torch.bfloat16) for _ in range(layers)])
+        right = SparseConv2d._OP
+        off = 1.0
+
+        def wrong(*args: Any, backend: str | None = None, **kwargs: Any) -> torch.Tensor:
+            y = right(*args, backend=backend, **kwargs)
+            return y if backend == "reference" else y * off ** (1 / layers)
+
+        monkeypatch.setattr(SparseConv2d, "_OP", staticmethod(wrong))
+        x = (torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(0)),)
+        off = 1 + limit * 0.8
+        check_kernels(model, x)
+        off = 1 + limit * 1.2
+        with pytest.raises(WrongKernelError):
+            check_kernels(model, x)
 
     def test_refuses_wrong_numbers(self, monkeypatch: pytest.MonkeyPatch):
         layer = nn.Sequential(SparseConv2d.from_dense(pruned_model()[5]))
