@@ -178,7 +178,7 @@ template <class T, int R, int V>
 // Blocks follow each other as R weight words of 4 channels, so a vector of weights holds kLanes / R blocks, each of which wants
 // its own word of x in all its lanes. The words lie side by side, from that of column `first` on. sums: [R] int32.
 template <int R>
-void compute_pixel(const TileInput& in, int64_t first, int32_t* sums) {
+[[gnu::always_inline]] inline void compute_pixel(const TileInput& in, int64_t first, int32_t* sums) {
   constexpr int kBlocks = S::kLanes / R;
   constexpr int64_t kPrefetch = 1024;  // bytes; the weights come from the second cache faster than it guesses
   const int32_t *col = in.cols, *const end = in.cols + in.blocks;
@@ -192,13 +192,13 @@ void compute_pixel(const TileInput& in, int64_t first, int32_t* sums) {
     __builtin_prefetch(w + kPrefetch);
     col += kBlocks, w += S::kLanes * 4;
   };
-  S::I acc[2] = {S::set1(0), S::set1(0)};  // by turns, since a dot product takes longer than the loads of the next
+  // by turns, since a dot product takes longer than the loads of the next
+  S::I acc[2] = {in.start ? S::as_i(S::load_partial(in.start, R)) : S::set1(0), S::set1(0)};
   while (col + 2 * kBlocks <= end) add_blocks(acc[0]), add_blocks(acc[1]);
   if (col + kBlocks <= end) add_blocks(acc[0]);
   for (; col < end; col++, w += R * 4)  // fewer than fill a vector
     S::dot8(acc[1], S::split_x(x(0)), S::split_w(S::as_i(S::load_partial(w, R))));
   S::fold<R>(S::add(acc[0], acc[1]), sums);
-  for (int r = 0; in.start && r < R; r++) sums[r] += in.start[r];
 }
 
 // ---- reading a stored tensor pixel by pixel ----------------------------------------------------------------------------------
@@ -1088,9 +1088,23 @@ struct FinishAll {
   }
 };
 
-void compute_pixel(const GatherGemm& op, int64_t phase, const TileInput& in, int32_t* sums) {
+// Packed rows [first_row, last_row) at the output pixel of this phase. sums: [rows * R].
+template <int R>
+void compute_pixel_rows(const GatherGemm& op, const uint8_t* x, int64_t phase, int64_t first_row, int64_t last_row,
+                        int32_t* sums) {
+  TileInput in;
+  in.x[0] = x;
   const int64_t first = op.plan->phases[phase].tap_begin * op.plan->in.planes;
-  op.weight->block_o == 8 ? compute_pixel<8>(in, first, sums) : compute_pixel<4>(in, first, sums);
+  for (int64_t row = first_row; row < last_row; row++, sums += R) {
+    select_phase<Int8>(op, row, phase, &in);
+    compute_pixel<R>(in, first, sums);
+  }
+}
+
+void compute_pixel_rows(const GatherGemm& op, const uint8_t* x, int64_t phase, int64_t first_row, int64_t last_row,
+                        int32_t* sums) {
+  const auto compute = op.weight->block_o == 8 ? compute_pixel_rows<8> : compute_pixel_rows<4>;
+  compute(op, x, phase, first_row, last_row, sums);
 }
 
 template <class T>
@@ -1102,11 +1116,9 @@ void compute_rows(const GatherGemm& op, const TilePixels& tile, int vectors, int
     return with_size(block_o, vectors, [&](auto r, auto v) { keep_sums<T, r, v>(*in, acc); });
   }
   for (int v = 0; v < vectors; v++) {
-    in->x[0] = tile.x[v];
     for (int lane = 0; lane < S::kLanes && tile.first_pixel[v] + lane < int64_t(op.plan->phases.size()); lane++) {
-      select_phase<T>(op, row, tile.first_pixel[v] + lane, in);
       int32_t sums[kMaxR];
-      compute_pixel(op, tile.first_pixel[v] + lane, *in, sums);
+      compute_pixel_rows(op, tile.x[v], tile.first_pixel[v] + lane, row, row + 1, sums);
       for (int r = 0; r < block_o; r++) acc[(r * vectors + v) * S::kLanes + lane] = sums[r];
     }
   }
@@ -1388,15 +1400,8 @@ void run_single_pixel(const GatherGemm& op, const Split& split, const TilePixels
   const Store& store = e.stores[0];
   const int64_t first = first_row * w.block_o, count = (last_row - first_row) * w.block_o;
   alignas(64) int32_t sums[kGroupChannels];
-  TileInput in;
-  in.offsets = op.plan->offsets.data();
   for (int v = 0; v < vectors; v++) {
-    in.x[0] = tile.x[v];
-    for (int64_t row = first_row; row < last_row; row++) {
-      select_phase<Int8>(op, row, 0, &in);
-      int32_t* to = sums + (row - first_row) * w.block_o;
-      compute_pixel(op, 0, in, to);
-    }
+    compute_pixel_rows(op, tile.x[v], 0, first_row, last_row, sums);
     const Segment& segment = tile.segments[v];
     uint8_t* const pixel = store.data + 4 * store.layout->at(segment.n, segment.y, segment.x);
     for (int64_t c = 0; c < count; c += S::kLanes) {

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kSlackBytes = 128;
 // Dot products of one vector below which a step is not worth sharing (about 1.5 us of work), and a program not worth waking other
 // threads for.
-constexpr int64_t kSerialWork = 8000, kSerialProgram = 60000;
+constexpr int64_t kSerialWork = 8000, kSerialProgram = 120000;
 constexpr int64_t kUnsharedBytes = 512 << 10;  // of activations: well inside the second cache beside the weights
 constexpr int64_t kJobsPerStep = 2;
 constexpr int64_t kLinesPerTask = 4;
