@@ -4,13 +4,14 @@
 
 A step of a program takes at least as long as
 
-    operations: the kept multiply-adds on the vector unit, or all of the layer's on the matrix unit where there is one, whichever
-                is quicker. Ceilings: the dot product of the vector unit alone; that of the matrix unit with the loads of tiles
-                that four sums in registers need (two tiles of each operand for four products; weights from L2).
+    operations: the kept multiply-adds on the vector unit and what turns their sums into stored values on the same ports, or all
+                multiply-adds of the layer on the matrix unit where there is one, whichever is quicker. Ceilings: the dot
+                product of the vector unit alone; that of the matrix unit with the loads of tiles that four sums in registers
+                need (two tiles of each operand for four products; weights from L2).
     bytes:      what it reads and stores, at the speed of copying as many bytes, and its packed weight.
 
-and a generator at least as long as its steps together. Epilogues, packing and calls are not in the bound. Ceilings are measured
-before each generator; all is int8, and nothing outside of programs is counted or timed.
+and a generator at least as long as its steps together. Activations and residuals, packing and calls are not in the bound.
+Ceilings are measured before each generator; all is int8, and nothing outside of programs is counted or timed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from sparsegan.layers import SparseProgram
 from sparsegan.ops.program import Program, step_shapes
 
 BYTES = {"u8": 1, "bf16": 2, "f32": 4}
+# Instructions for a vector of sums: to float and scale; and for u8 to integers and, four vectors at once, to bytes (3 packs, 2
+# for the zero point, 1 to put them in order). Each takes the place of a dot product, four multiply-adds for each value.
+EPILOGUE = {"u8": 4 * (2 + 1 + 6 / 4), "bf16": 4 * 2, "f32": 4 * 2}
 SECONDS = 3.0
 
 
@@ -94,8 +98,13 @@ def least_time(program: Program, inputs: list[tuple[int, ...]], ceilings: Ceilin
             dense = w.out_channels * w.in_channels * w.taps * pixels
             kept = w.values.numel() * pixels
             size += w.values.numel()
+            epilogue = EPILOGUE[formats[1]] * math.prod(made)
             operations = (
-                min(kept / ceilings.vector, dense / ceilings.matrix if ceilings.matrix else math.inf) / 1e9
+                min(
+                    (kept + epilogue) / ceilings.vector,
+                    dense / ceilings.matrix if ceilings.matrix else math.inf,
+                )
+                / 1e9
             )
             all_dense, all_kept = all_dense + dense, all_kept + kept
         total += max(operations, ceilings.seconds(size))

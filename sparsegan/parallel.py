@@ -8,6 +8,7 @@ here. With one process everything here does nothing.
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,10 @@ def processes() -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
+        # DistributedDataParallel leaves references to the group behind, so gloo's threads outlive it. They drop the tensors of
+        # the last collectives a moment after those have ended, for which they need the GIL; an interpreter that ends in that
+        # moment aborts the process (pytorch #179291). There is nothing to wait for but time.
+        time.sleep(0.2)
 
 
 def share(batch: Tensor) -> Tensor:
