@@ -566,16 +566,18 @@ struct TileWords {
         S::store_partial(row[i] + col[v], words[v], count[v]);
     }
   }
-  // u8
+  // u8; without kAdd `zero` is 0
+  template <bool kAdd>
   [[gnu::always_inline]] void put(const S::I (&q)[R][V], int32_t zero) const {
+    S::I words[R / 4][V];
 #pragma GCC unroll 8
-    for (int i = 0; i < R / 4; i++) {
-      if (!row[i]) continue;
-      S::I words[V];
+    for (int i = 0; i < R / 4; i++)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v++) words[v] = S::pack4(q[4 * i][v], q[4 * i + 1][v], q[4 * i + 2][v], q[4 * i + 3][v], zero);
-      put_row(i, words);
-    }
+      for (int v = 0; v < V; v++)
+        words[i][v] = S::pack4<kAdd>(q[4 * i][v], q[4 * i + 1][v], q[4 * i + 2][v], q[4 * i + 3][v], zero);
+#pragma GCC unroll 8
+    for (int i = 0; i < R / 4; i++)
+      if (row[i]) put_row(i, words[i]);
   }
 };
 
@@ -614,16 +616,18 @@ template <int R, int V>
     for (int v = 0; v < V; v++) y[r][v] = S::load_f(values[r][v]);
 }
 
-// For steps in units of the slot (`bounded`, so that no float is too large for an integer) with one store that only rounds.
-template <Activation kActivation>
+bool fits_sums(const Epilogue& e) {
+  const Store& s = e.stores[0];
+  return e.store_count == 1 && e.bounded && !e.residual && e.post_activation == Activation::kNone && !e.sums &&
+         s.layout->format == Format::kInt8 && s.inv_scale == 1.0f && s.activation == Activation::kNone && !s.scale && !s.factor;
+}
+
+// For steps in units of the slot (`bounded`, so that no float is too large for an integer) with one store that only rounds;
+// without kAdd its zero point is 0.
+template <Activation kActivation, bool kAdd>
 struct FinishSums {
   static constexpr bool kGeneral = false;
   static constexpr int kStores = 1;
-  static bool fits(const Epilogue& e) {
-    const Store& s = e.stores[0];
-    return e.store_count == 1 && e.bounded && !e.residual && e.post_activation == Activation::kNone && !e.sums &&
-           s.layout->format == Format::kInt8 && s.inv_scale == 1.0f && s.activation == Activation::kNone && !s.scale && !s.factor;
-  }
   const Epilogue& e;
   template <int R, int V>
   [[gnu::always_inline]] void operator()(const S::I (&acc)[R][V], const float* scale, const float* bias,
@@ -634,7 +638,7 @@ struct FinishSums {
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++)
         q[r][v] = S::round(activate<kActivation>(S::madd(S::to_float(acc[r][v]), S::set1(scale[r]), S::set1(bias[r])), e.slope));
-    words->put(q, e.stores[0].zero);
+    words->template put<kAdd>(q, e.stores[0].zero);
   }
 };
 
@@ -1073,7 +1077,7 @@ struct FinishAll {
       for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) q[r][v] = simd_quantize(w[r][v], store.inv_scale);
-      words.put(q, store.zero);
+      words.template put<true>(q, store.zero);
       return;
     }
     const bool pairs = store.layout->format == Format::kBFloat16;
@@ -1286,53 +1290,61 @@ class RowFinish {
   FinishRows finish_;
 };
 
-// Packed rows of a tile, from the products to the stores.
+// Packed rows of a tile, from the products to the stores. What the next row needs is found before this one's sums are finished:
+// so many of its products are still waiting then that this takes no time of its own.
 template <class Finish, int R, int V>
 [[gnu::noinline]] void run_in_registers(const GatherGemm& op, const Split& split, const TilePixels& tile, int64_t first_row,
                                         int64_t last_row, int64_t phase_row, TileInput in, TileMemory* memory) {
   const PackedWeight& w = *op.weight;
   const Epilogue& e = op.epilogue;
-  const int interleave = int(op.plan->interleave);
+  const int interleave = int(op.plan->interleave), stores = Finish::kGeneral ? int(e.store_count) : 1;
   const float* const scale = e.scale + tile.image * e.scale_stride;
   const float* const bias = e.bias + tile.image * e.bias_stride;
-  TileWords<R, V> words[Finish::kStores];
-  for (int s = 0; s < Finish::kStores; s++) words[s].set(tile.columns[s]);
-  for (int64_t row = first_row; row < last_row; row++) {
+  TileWords<R, V> words[2][Finish::kStores];  // of this row and phase and of the next by turns
+  for (int s = 0; s < stores; s++) words[0][s].set(tile.columns[s]), words[1][s].set(tile.columns[s]);
+  auto prepare = [&](int64_t row, int b, TileWords<R, V>* to) __attribute__((always_inline)) {
     const int32_t* const channels = w.row_channels + row * R;
-    for (int b = 0; b < interleave; b++) {
-      auto find_rows = [&](int s, int shift) __attribute__((always_inline)) {
-        const Store& store = e.stores[s];
-        const bool pairs = tile.columns[s].pairs && b == 1, whole = tile.columns[s].direct || pairs;
-        words[s].even = pairs ? memory->words[s][0] : nullptr;
-        for (int i = 0; i < R >> shift; i++) {
-          const int64_t channel = channels[i << shift];
-          int32_t* const lanes =
-              reinterpret_cast<int32_t*>(store.data) + ((store.channel + channel) >> shift) * store.layout->plane_stride;
-          words[s].row[i] = channel < 0 ? nullptr : whole ? lanes : memory->words[s][b] + i * V * S::kLanes;
-        }
+    for (int s = 0; s < stores; s++) {
+      const Store& store = e.stores[s];
+      const int shift = Finish::kGeneral ? lane_shift(store.layout->format) : 2;
+      const bool pairs = tile.columns[s].pairs && b == 1, whole = tile.columns[s].direct || pairs;
+      to[s].even = pairs ? memory->words[s][0] : nullptr;
+      for (int i = 0; i < R >> shift; i++) {
+        const int64_t channel = channels[i << shift];
+        int32_t* const lanes =
+            reinterpret_cast<int32_t*>(store.data) + ((store.channel + channel) >> shift) * store.layout->plane_stride;
+        to[s].row[i] = channel < 0 ? nullptr : whole ? lanes : memory->words[s][b] + i * V * S::kLanes;
+      }
+    }
+    if (!op.source) select_phase<Int8>(op, row, phase_row * interleave + b, &in);
+  };
+  prepare(first_row, 0, words[0]);
+  for (int64_t row = first_row, turn = 0; row < last_row; row++) {
+    for (int b = 0; b < interleave; b++, turn ^= 1) {
+      auto prepare_next = [&]() __attribute__((always_inline)) {
+        const bool last = b + 1 == interleave;
+        if (!last || row + 1 < last_row) prepare(row + last, last ? 0 : b + 1, words[turn ^ 1]);
       };
-      if constexpr (Finish::kGeneral)
-        for (int s = 0; s < e.store_count; s++) find_rows(s, lane_shift(e.stores[s].layout->format));
-      else
-        find_rows(0, 2);
       if constexpr (Finish::kGeneral) {
         const Finish finish{op, split, tile, memory, row, b};
         finish.prepare();
         if (op.source) {
-          finish.template pointwise<R, V>(scale + row * R, bias + row * R, words);
+          finish.template pointwise<R, V>(scale + row * R, bias + row * R, words[turn]);
+          prepare_next();
           continue;
         }
-        select_phase<Int8>(op, row, phase_row * interleave + b, &in);
-        compute_tile<Int8, R, V>(in, [&](const S::I(&acc)[R][V])
-                                         __attribute__((always_inline)) { finish(acc, scale + row * R, bias + row * R, words); });
-      } else {
-        select_phase<Int8>(op, row, phase_row * interleave + b, &in);
         compute_tile<Int8, R, V>(in, [&](const S::I(&acc)[R][V]) __attribute__((always_inline)) {
-          Finish{e}(acc, scale + row * R, bias + row * R, words);
+          prepare_next();
+          finish(acc, scale + row * R, bias + row * R, words[turn]);
+        });
+      } else {
+        compute_tile<Int8, R, V>(in, [&](const S::I(&acc)[R][V]) __attribute__((always_inline)) {
+          prepare_next();
+          Finish{e}(acc, scale + row * R, bias + row * R, words[turn]);
         });
       }
     }
-    for (int s = 0; s < e.store_count; s++)
+    for (int s = 0; s < stores; s++)
       if (!tile.columns[s].direct && !tile.columns[s].pairs) write_store(op, tile, V, row, e.stores[s], true, memory->words[s]);
   }
 }
@@ -1353,12 +1365,13 @@ RunInRegisters choose_in_registers(const GatherGemm& op, const Split& split, int
   if (op.plan->pixels) return nullptr;
   for (int s = 0; s < e.store_count; s++)
     if (!split.whole_lanes[s]) return nullptr;
-  if (!op.source && FinishSums<Activation::kNone>::fits(e)) {
-    if (e.activation == Activation::kNone) return run_with<FinishSums<Activation::kNone>>(op, vectors);
-    if (e.activation == Activation::kRelu)  // saturation to u8 with no zero point is one already
-      return e.stores[0].zero == 0 ? run_with<FinishSums<Activation::kNone>>(op, vectors)
-                                   : run_with<FinishSums<Activation::kRelu>>(op, vectors);
-    if (e.activation == Activation::kLeakyRelu) return run_with<FinishSums<Activation::kLeakyRelu>>(op, vectors);
+  const bool add = e.stores[0].zero != 0;
+  if (!op.source && fits_sums(e)) {
+    if (e.activation == Activation::kNone || (e.activation == Activation::kRelu && !add))  // saturation to u8 is that ReLU
+      return add ? run_with<FinishSums<Activation::kNone, true>>(op, vectors)
+                 : run_with<FinishSums<Activation::kNone, false>>(op, vectors);
+    if (e.activation == Activation::kRelu) return run_with<FinishSums<Activation::kRelu, true>>(op, vectors);
+    if (e.activation == Activation::kLeakyRelu) return run_with<FinishSums<Activation::kLeakyRelu, true>>(op, vectors);
   }
   return run_with<FinishAll>(op, vectors);
 }

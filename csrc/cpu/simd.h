@@ -80,10 +80,15 @@ struct Simd {
   static I shift_right(I v) {
     return _mm512_srli_epi32(v, kBits);
   }
-  // Four vectors of whole numbers, saturated to u8 after `zero` is added, into one: a0 b0 c0 d0 a1 b1 ..
+  // Four vectors of whole numbers, saturated to u8 after `zero` is added, into one: a0 b0 c0 d0 a1 b1 .. Without kAdd `zero` is
+  // 0.
+  template <bool kAdd = true>
   static I pack4(I a, I b, I c, I d, int32_t zero) {
-    const I z = _mm512_set1_epi16(int16_t(zero));
-    const I ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), z), cd = _mm512_adds_epi16(_mm512_packs_epi32(c, d), z);
+    I ab = _mm512_packs_epi32(a, b), cd = _mm512_packs_epi32(c, d);
+    if constexpr (kAdd) {
+      const I z = _mm512_set1_epi16(int16_t(zero));
+      ab = _mm512_adds_epi16(ab, z), cd = _mm512_adds_epi16(cd, z);
+    }
     const I transpose = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     return _mm512_shuffle_epi8(_mm512_packus_epi16(ab, cd), transpose);
   }
@@ -270,9 +275,13 @@ struct Simd {
   static I shift_right(I v) {
     return _mm256_srli_epi32(v, kBits);
   }
+  template <bool kAdd = true>
   static I pack4(I a, I b, I c, I d, int32_t zero) {
-    const I z = _mm256_set1_epi16(int16_t(zero));
-    const I ab = _mm256_adds_epi16(_mm256_packs_epi32(a, b), z), cd = _mm256_adds_epi16(_mm256_packs_epi32(c, d), z);
+    I ab = _mm256_packs_epi32(a, b), cd = _mm256_packs_epi32(c, d);
+    if constexpr (kAdd) {
+      const I z = _mm256_set1_epi16(int16_t(zero));
+      ab = _mm256_adds_epi16(ab, z), cd = _mm256_adds_epi16(cd, z);
+    }
     const I transpose = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     return _mm256_shuffle_epi8(_mm256_packus_epi16(ab, cd), transpose);
   }
@@ -404,6 +413,7 @@ struct Simd {
     v &= ~(v < 0);
     return (v & (v < 255)) | (255 & (v >= 255));
   }
+  template <bool kAdd = true>
   static I pack4(I a, I b, I c, I d, int32_t zero) {
     return saturate(a, zero) | saturate(b, zero) << 8 | saturate(c, zero) << 16 | saturate(d, zero) << 24;
   }
