@@ -13,6 +13,7 @@ from torch import nn
 
 from sparsegan.models import seeded
 from sparsegan.models.dcgan import dcgan_generator
+from sparsegan.models.stylegan2 import StyleGAN2Generator
 from sparsegan.patterns import from_weight_view, weight_view
 from sparsegan.prune import count_macs
 from sparsegan.prune.channels import gate_scores, prune_channels
@@ -33,11 +34,13 @@ def zeroed(model, small):
             stays = torch.isin(wide, narrow).flatten(0, 1).any(0)
             assert stays.sum() == narrow.shape[2]
             layer.weight.data = from_weight_view(layer, wide * stays)
+    if isinstance(model, StyleGAN2Generator):
+        model.refresh()
     return model
 
 
 @pytest.mark.parametrize(
-    "name", ["gated", "shared", "written", "dcgan", "vae", "residual", "u-net", "cyclegan"]
+    "name", ["gated", "shared", "written", "dcgan", "vae", "residual", "u-net", "cyclegan", "stylegan2"]
 )
 def test_without_refit_removed_channels_are_zeros_where_they_are_read(name):
     model, inputs = model_case(name)
@@ -91,6 +94,27 @@ def test_removes_what_was_asked_for_in_multiples(sparsity, allocate):
     widths = [layer.out_channels for layer in prunable_layers(small).values()][:-1]
     assert all(width % 4 == 0 for width in widths) and len(set(widths)) > 1
     assert [p.requires_grad for p in small.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_widths_are_multiples_across_the_groups_of_a_norm():
+    model, inputs = case("up")
+    small = prune_channels(model, inputs, 0.5, importance=by_magnitude, align=4, refit=False)
+    assert small.depthwise.in_channels == 4 and small.norm.num_groups == 4  # of 8, two in each group
+
+
+def test_diffusers_decoder_of_stable_diffusion():
+    diffusers = pytest.importorskip("diffusers")
+
+    def build() -> nn.Module:
+        return diffusers.AutoencoderKL(
+            up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(16, 32), norm_num_groups=4
+        ).decoder
+
+    model, inputs = seeded(build, 0), (torch.randn(1, 4, 4, 4),)
+    small = prune_channels(model, inputs, 0.6, importance=by_magnitude, align=8, refit=False)
+    assert small.conv_in.out_channels < 32 and small.up_blocks[0].upsamplers[0].conv.in_channels < 32
+    assert small(*inputs).shape == model(*inputs).shape
+    assert sum(count_macs(small, inputs).values()) <= 0.4 * sum(count_macs(model, inputs).values())
 
 
 def test_the_least_important_channels_go():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -54,7 +55,7 @@ def prune_channels(
     importance: of channels. "obd", the second-order damage to the image of removing one (`gate_scores`), or a
         callable as for `prune`, whose scores are summed over the weights that write and that read a channel.
     allocate: "uniform", every group of channels to the same share, or "damage", by score per multiply-add.
-    align: widths are multiples of it.
+    align: widths are multiples of it. Groups of a group norm stay equally wide, and keep one channel each at least.
     layers: names of the layers whose output channels may go; None means all that can.
     refit: fit the layers that read removed channels to their old outputs, by least squares over the channels that
         are left (ThiNet, Luo et al. 2017, arXiv:1707.06342, section 3.3, with all taps of a kernel sharing one map
@@ -278,8 +279,13 @@ def _counts(
             total += cost * (1 - gone[f"{name}.weight", 0]) * (1 - gone[f"{name}.weight", 1])
         return total
 
-    def rounded(count: int, size: int) -> int:
-        return min(size, max(1, round(count / align)) * align)
+    steps = []  # of members: the groups of a family that lie in one tensor make up its width together
+    for ids in families:
+        lying = Counter((axis.parameter, axis.dim) for k in ids for axis in groups[k].axes)
+        steps.append(align // math.gcd(align, *lying.values()))
+
+    def rounded(count: int, size: int, step: int) -> int:
+        return min(size, max(1, round(count / step)) * step)
 
     full, budget = macs(sizes), (1 - sparsity) * sum(dense.values())
     ranked = []  # priorities of a family, those of the best member first
@@ -290,14 +296,15 @@ def _counts(
     thresholds = torch.cat([torch.tensor([-torch.inf]), *ranked, torch.tensor([torch.inf])]).unique()
 
     def counts_at(threshold: Tensor) -> list[int]:
-        return [rounded(int((p >= threshold).sum()), n) for p, n in zip(ranked, sizes, strict=True)]
+        counts = ((p >= threshold).sum() for p in ranked)
+        return [rounded(int(count), n, step) for count, n, step in zip(counts, sizes, steps, strict=True)]
 
     low, high = 0, len(thresholds) - 1
     if macs(counts_at(thresholds[high])) > budget * (1 + 1e-9):
         reachable = 1 - macs(counts_at(thresholds[high])) / sum(dense.values())
         raise budgets.BudgetError(
             f"sparsity {sparsity:.4g} cannot be reached by removing channels, at most {reachable:.4g}: every "
-            f"group keeps {align}, and what touches the inputs and outputs stays; ask for less, or add blocks"
+            f"layer keeps {align}, and what touches the inputs and outputs stays; ask for less, or add blocks"
         )
     while low < high:
         middle = (low + high) // 2
@@ -368,6 +375,8 @@ def _adapt(module: nn.Module, args: tuple[Any, ...]) -> None:
         module.num_features = x.shape[1]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
+    elif type(module).__name__ in ("Upsample2D", "Downsample2D") and hasattr(module, "channels"):
+        module.__dict__["channels"] = x.shape[1]  # of diffusers, which compares it with its input
     elif isinstance(module, nn.Unflatten):
         # Channels come first; that they do shows when the copy is compared with the model.
         sizes = torch.Size(module.unflattened_size)
@@ -382,7 +391,7 @@ def _difference(
     zeroed = copy.deepcopy(model)
     masks = _staying(model, [*groups], kept)
     with torch.no_grad(), eval_mode(zeroed), eval_mode(small):
-        for axis in {(a.parameter, a.dim) for k in kept for a in groups[k].consumers}:
+        for axis in {(a.parameter, a.dim) for k in kept for a in (*groups[k].consumers, *groups[k].readers)}:
             weight = _tensor(zeroed, axis[0])
             shape = [1] * weight.dim()
             shape[axis[1]] = -1

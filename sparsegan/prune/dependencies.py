@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal, TypeAlias
@@ -46,8 +46,9 @@ class Axis:
 class ChannelGroup:
     """Channels that may take each other's place.
 
-    producers, consumers: axes of the weights of layers that write and that read them. others: biases, parameters
-    and statistics of norms, depthwise convolutions, constants. Members have the same order in all axes.
+    producers, consumers: axes of the weights of layers that write and that read them. readers: of other matrices
+    that they are multiplied by, such as the energies of StyleGAN2's demodulation. others: biases, parameters and
+    statistics of norms, depthwise convolutions, constants. Members have the same order in all axes.
     fixed: why these channels can be neither reordered nor removed; empty if they can.
     unprunable: why they can be reordered but not removed.
     family: groups of the same family have to stay equally wide, as the groups of a group norm do.
@@ -57,6 +58,7 @@ class ChannelGroup:
     size: int
     producers: tuple[Axis, ...]
     consumers: tuple[Axis, ...]
+    readers: tuple[Axis, ...]
     others: tuple[Axis, ...]
     fixed: str
     unprunable: str
@@ -65,7 +67,7 @@ class ChannelGroup:
 
     @property
     def axes(self) -> tuple[Axis, ...]:
-        return (*self.producers, *self.consumers, *self.others)
+        return (*self.producers, *self.consumers, *self.readers, *self.others)
 
 
 def channel_groups(model: nn.Module, example_inputs: Inputs) -> list[ChannelGroup]:
@@ -79,7 +81,8 @@ def channel_groups(model: nn.Module, example_inputs: Inputs) -> list[ChannelGrou
     torch.export cannot capture, and what `check_inputs` raises.
     """
     check_inputs(example_inputs)
-    for name, layer in prunable_layers(model).items():
+    layers = prunable_layers(model)
+    for name, layer in layers.items():
         if find_mask(layer) is not None or hasattr(layer, "weight_mask"):
             raise ValueError(
                 f"the weight of layer {name!r} is masked: reorder or remove channels before pruning blocks, "
@@ -89,7 +92,8 @@ def channel_groups(model: nn.Module, example_inputs: Inputs) -> list[ChannelGrou
     first: dict[int, str] = {}
     for name, tensor in named:
         first.setdefault(id(tensor), name)
-    return _Labels(_exported(model, example_inputs), {n: first[id(t)] for n, t in named}).groups()
+    canonical = {n: first[id(t)] for n, t in named}
+    return _Labels(_exported(model, example_inputs), canonical, {f"{n}.weight" for n in layers}).groups()
 
 
 def _exported(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
@@ -104,11 +108,14 @@ def _exported(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
         raise ValueError(f"torch.export cannot trace {type(model).__name__}: {reason}") from error
 
 
-Role: TypeAlias = Literal["producer", "consumer", "other"]
-ROLES: tuple[Role, ...] = ("producer", "consumer", "other")
+Role: TypeAlias = Literal["producer", "consumer", "reader", "other"]
+ROLES: tuple[Role, ...] = ("producer", "consumer", "reader", "other")
 
-# Names of ATen operations.
-_GEMMS = {"linear", "conv2d", "conv_transpose2d"}
+# Names of ATen operations; of those that multiply by a matrix, the argument that is it.
+_PRODUCTS = {"matmul": "other", "mm": "mat2"}
+_GEMMS = dict.fromkeys(("linear", "conv2d", "conv_transpose2d"), "weight") | _PRODUCTS
+_INPUTS = ("input", "self")  # of those
+_TRANSPOSES = {"t", "numpy_T", "permute", "transpose"}  # of matrices
 _COPIES = {"_to_copy", "to", "clone", "contiguous", "alias", "detach", "dropout", "lift_fresh_copy"}
 _MOVES = {
     "view",
@@ -148,7 +155,10 @@ class _Labels:
     real ones, mostly expanded from one small tensor, so that they take no memory.
     """
 
-    def __init__(self, exported: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> None:
+    def __init__(
+        self, exported: torch.export.ExportedProgram, canonical: Mapping[str, str], weights: Set[str]
+    ) -> None:
+        self.of_layers = weights
         self.count = 0
         self.ties: list[Tensor] = []  # [pairs, 2]
         self.frozen: list[tuple[Tensor, str]] = []
@@ -162,7 +172,8 @@ class _Labels:
         signature = exported.graph_signature
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.values: dict[fx.Node, Any] = {}
-        self.layers: dict[fx.Node, str] = {}  # nodes that are weights of layers and nothing else
+        self.matrices: dict[fx.Node, str] = {}  # nodes that are multiplied by, and nothing else
+        self.transposed: set[fx.Node] = set()
         placeholders = exported.graph.find_nodes(op="placeholder")
         stored = {node: canonical[names[node.name]] for node in placeholders if node.name in names}
         computed_with = {
@@ -173,7 +184,7 @@ class _Labels:
         for node in placeholders:
             value = node.meta["val"]
             if (name := stored.get(node)) is not None and name not in computed_with:
-                self.layers[node] = name
+                self.matrices[node] = name
             elif name is not None:
                 if name not in self.constants:
                     self.constants[name] = self.fresh(*value.shape)
@@ -224,8 +235,12 @@ class _Labels:
         if node.target is operator.getitem:
             source, index = node.args
             return self.values[source][index]  # type: ignore[index]
+        if (source := _gemm_weight(node)) in self.matrices and _packet(node) in _TRANSPOSES:
+            self.matrices[node] = self.matrices[source]
+            self.transposed.add(node)
+            return None
         # Labels instead of nodes; the weight of a layer has none of its own, so that it stays a node.
-        read = fx.node.map_arg(_arguments(node), lambda n: n if n in self.layers else self.values.get(n))
+        read = fx.node.map_arg(_arguments(node), lambda n: n if n in self.matrices else self.values.get(n))
         if (rule := self._rule(_packet(node), read, getattr(node.target, "tags", ()))) is not None:
             return rule(node, read)
         return self._unknown(node, read)
@@ -239,7 +254,7 @@ class _Labels:
         self, name: str, read: dict[str, Any], tags: Sequence[torch.Tag]
     ) -> Callable[[fx.Node, dict[str, Any]], Any] | None:
         if name in _GEMMS:
-            return self._gemm if isinstance(read["weight"], fx.Node) else None
+            return self._gemm if isinstance(read[_GEMMS[name]], fx.Node) else None
         if name in _MOVES | _CUTS and "dtype" not in read:
             return self._move
         if name in _COPIES:
@@ -255,22 +270,26 @@ class _Labels:
         return self._pointwise if torch.Tag.pointwise in tags else None
 
     def _gemm(self, node: fx.Node, read: dict[str, Any]) -> Tensor:
-        name, x = self.layers[read["weight"]], read["input"]
-        weight, shape = read["weight"].meta["val"].shape, node.meta["val"].shape
-        dim = len(shape) - (1 if _packet(node) == "linear" else 3)
+        kind, matrix = _packet(node), read[_GEMMS[_packet(node)]]
+        name, x = self.matrices[matrix], next(read[i] for i in _INPUTS if i in read)
+        shape = node.meta["val"].shape
+        dim = len(shape) - (3 if kind.startswith("conv") else 1)
         inputs, groups = self.channels(x, dim), read.get("groups", 1)
         if groups == 1:
-            out, into = (1, 0) if _packet(node) == "conv_transpose2d" else (0, 1)
-            written = self._axis(name, out, weight[out], "producer")
-            self.tie(self._axis(name, into, weight[into], "consumer"), inputs)
+            # A transposed matrix has its outputs first in store, as linear layers have.
+            first = kind in ("linear", "conv2d") or matrix in self.transposed
+            out, into = (0, 1) if first else (1, 0)
+            of_layer = name in self.of_layers
+            written = self._axis(name, out, shape[dim], "producer" if of_layer else "other")
+            self.tie(self._axis(name, into, len(inputs), "consumer" if of_layer else "reader"), inputs)
         elif groups == len(inputs):  # depthwise: each channel makes some of its own
-            own = self._axis(name, 0, weight[0], "other")
+            own = self._axis(name, 0, matrix.meta["val"].shape[0], "other")
             written = own.repeat_interleave(shape[dim] // len(own))
             self.tie(written, inputs.repeat_interleave(shape[dim] // groups))
         else:
             written = self.fresh(shape[dim])
             self.freeze((inputs, written), f"a convolution in {groups} groups{_place(node)}")
-        if read["bias"] is not None:
+        if read.get("bias") is not None:
             self.tie(read["bias"], written)
         return _along(written, dim, shape)
 
@@ -368,8 +387,8 @@ class _Labels:
 
         # Channels that lie equally often in the same places may take each other's place.
         places: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-        readers = [*self.together, *(part for parts in self.equal for part in parts)]
-        for k, labels in enumerate([*(labels for *_, labels in axes), *readers]):
+        unordered = [*self.together, *(part for parts in self.equal for part in parts)]
+        for k, labels in enumerate([*(labels for *_, labels in axes), *unordered]):
             found, times = channel[labels].unique(return_counts=True)
             for c, n in zip(found.tolist(), times.tolist(), strict=True):
                 places[c].append((k, n))
@@ -382,7 +401,7 @@ class _Labels:
             orbit_of[torch.tensor(orbit)] = k
         family = self._families(channel, orbit_of, unprunable)
 
-        lying: list[dict[Role, list[Axis]]] = [{"producer": [], "consumer": [], "other": []} for _ in orbits]
+        lying: list[dict[Role, list[Axis]]] = [{role: [] for role in ROLES} for _ in orbits]
         for parameter, dim, role, labels in axes:
             channels = channel[labels]
             ids, order = orbit_of[channels], channels.argsort(stable=True)
@@ -395,7 +414,7 @@ class _Labels:
             if not weights:
                 continue
             order = weights[0].positions[:, 0].argsort()
-            producers, consumers, others = (
+            producers, consumers, readers, others = (
                 tuple(Axis(axis.parameter, axis.dim, axis.positions[order]) for axis in lying[k][role])
                 for role in ROLES
             )
@@ -405,6 +424,7 @@ class _Labels:
                     size=len(orbit),
                     producers=producers,
                     consumers=consumers,
+                    readers=readers,
                     others=others,
                     fixed=fixed.get(one, ""),
                     unprunable=unprunable.get(one, ""),
@@ -503,13 +523,19 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _gemm_weight(node: fx.Node) -> fx.Node | None:
-    """The weight that ``node`` multiplies by, if it is a layer and reads it nowhere else."""
-    arguments = _arguments(node)
-    return (
-        arguments.pop("weight")
-        if _packet(node) in _GEMMS and node.args.count(arguments["weight"]) == 1
-        else None
-    )
+    """The matrix that ``node`` multiplies by and reads nowhere else, or transposes for nodes that do."""
+    name = _packet(node)
+    if name in _TRANSPOSES:
+        transpose: Any = node.target
+        matrix = node.all_input_nodes[0]
+        if matrix.meta["val"].dim() != 2 or transpose(torch.empty(2, 3), *node.args[1:]).shape != (3, 2):
+            return None
+        return matrix if node.users and all(_gemm_weight(user) is node for user in node.users) else None
+    if name not in _GEMMS:
+        return None
+    matrix = _arguments(node)[_GEMMS[name]]
+    one = node.args.count(matrix) == 1 and (name not in _PRODUCTS or matrix.meta["val"].dim() == 2)
+    return matrix if one else None
 
 
 def _place(node: fx.Node) -> str:
