@@ -165,6 +165,27 @@ class TestKernelCheck:
         with pytest.raises(WrongKernelError):
             check_kernels(model, x)
 
+    def test_allows_what_next_to_nothing_does_to_the_reference(self, monkeypatch: pytest.MonkeyPatch):
+        class Chaos(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x * (1 + 0.1 * torch.sin(1e6 * x))
+
+        layer = SparseConv2d.from_dense(nn.Conv2d(8, 8, 1, bias=False), dtype=torch.bfloat16)
+        right = SparseConv2d._OP
+        off = 0.06
+
+        def wrong(*args: Any, backend: str | None = None, **kwargs: Any) -> torch.Tensor:
+            return right(*args, backend=backend, **kwargs) * (1 if backend == "reference" else 1 + off)
+
+        monkeypatch.setattr(SparseConv2d, "_OP", staticmethod(wrong))
+        x = (torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0)),)
+        assert check_kernels(nn.Sequential(Chaos(), layer), x) == pytest.approx(0.06, abs=1e-3)
+        with pytest.raises(WrongKernelError, match=r"at most 0\.03"):
+            check_kernels(nn.Sequential(layer), x)
+        off = 0.3
+        with pytest.raises(WrongKernelError):
+            check_kernels(nn.Sequential(Chaos(), layer), x)
+
     def test_refuses_wrong_numbers(self, monkeypatch: pytest.MonkeyPatch):
         layer = nn.Sequential(SparseConv2d.from_dense(pruned_model()[5]))
         right = SparseConv2d._OP

@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 PACKAGES = ("openvino", "nncf", "onnxruntime", "torchao", "diffusers")
 
 # Seconds after which a contest is stopped from outside: native code that hangs cannot be stopped from inside.
-_LIMIT = 1200
+_LIMIT = 2400
 
 # These make the BLAS of torch and numpy slower or faster than a user has it.
 _UNSET = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")

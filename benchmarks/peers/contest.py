@@ -39,7 +39,7 @@ TOLERANCE = 0.25
 
 # Seconds that building and checking one contestant may take, and all of them: so many, and so many eager calls,
 # because quantising and swapping run the model often. What comes too late is not built.
-CONTESTANT_LIMIT, BUILD_LIMIT = (100.0, 10), (300.0, 30)
+CONTESTANT_LIMIT, BUILD_LIMIT = (100.0, 10), (300.0, 100)
 
 # Seconds to spend on timing, about, and on the turn of one contestant in a round.
 TIMING_SECONDS, TURN_SECONDS = 30.0, 0.15
