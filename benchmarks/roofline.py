@@ -32,9 +32,9 @@ from sparsegan.layers import SparseProgram
 from sparsegan.ops.program import Program, step_shapes
 
 BYTES = {"u8": 1, "bf16": 2, "f32": 4}
-# Instructions for a vector of sums: to float and scale; and for u8 to integers and, four vectors at once, to bytes (3 packs, 2
-# for the zero point, 1 to put them in order). Each takes the place of a dot product, four multiply-adds for each value.
-EPILOGUE = {"u8": 4 * (2 + 1 + 6 / 4), "bf16": 4 * 2, "f32": 4 * 2}
+# Instructions for a vector of sums: to float and scale; and for u8 to integers and, four vectors at once, to bytes (3 packs, 1 to
+# put them in order). Each takes the place of a dot product, four multiply-adds for each value.
+EPILOGUE = {"u8": 4 * (2 + 1 + 4 / 4), "bf16": 4 * 2, "f32": 4 * 2}
 SECONDS = 3.0
 
 

@@ -393,7 +393,7 @@ def test_narrower_layers_are_compared_with_themselves(case: Case):
     assert contender.facts["macs_dense"] == 3 * 2 * 16 * 64
     assert contender.facts["macs_executed"] == contender.facts["macs_dense"] / 4
     error, _ = contest.compare(contender.call(), contender.reference)
-    assert error < 0.05 < contest.compare(contender.call(), case.reference)[0]
+    assert error < 0.15 < contest.compare(contender.call(), case.reference)[0]
 
 
 def test_each_package_is_missed_by_its_own_contestants_only(case: Case, monkeypatch: pytest.MonkeyPatch):

@@ -6,8 +6,8 @@
 //
 // A tile is R packed rows (output channels) x V vectors of pixels, its R*V accumulators in registers. For each kept block of the
 // row: V loads of activations at one constant offset, then for each row one broadcast weight word and V dot products.
-// A task is one tile of pixels x a group of packed rows x one row of output phases; tasks are independent and each writes
-// its own output, so the result does not depend on the number of threads.
+// A task is one tile of pixels (or a few) x a group of packed rows x one row of output phases; tasks are independent and each
+// writes its own output, so the result does not depend on the number of threads.
 #pragma once
 #include <cstdint>
 #include <memory>

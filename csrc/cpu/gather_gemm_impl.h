@@ -522,7 +522,7 @@ void finish_plain_rows(const Epilogue& e, const RowTile& tile, int first, int la
   }
 }
 
-// ---- the same while the sums are still in registers, for u8 stores of whole lanes and float32 stores --------------------------
+// ---- the same while the sums are still in registers, for stores of whole lanes --------------------------
 
 // The first `count` words of two vectors that alternate.
 [[gnu::always_inline]] inline void store_interleaved(S::I even, S::I odd, int count, int32_t* to) {
@@ -541,7 +541,7 @@ void finish_plain_rows(const Epilogue& e, const RowTile& tile, int first, int la
 template <int R, int V>
 struct TileWords {
   int32_t* row[R];      // of words; nullptr: not wanted (padding rows)
-  const int32_t* even;  // those of the phase before, [R][V][lanes], which alternate with these; or nullptr
+  const int32_t* even;  // those of the phase before, [word rows][V][lanes], which alternate with these; or nullptr
   int64_t col[V], pair_col[V];
   int count[V], pair_count[V];
   void set(const WordColumns& columns) {
@@ -818,7 +818,7 @@ void find_columns(const GatherGemm& op, const Split& split, int vectors, TilePix
       const int64_t lane = columns.direct || columns.pairs ? out.at(segment.n, segment.y, segment.x) : 0;
       columns.col[v] = columns.direct ? lane : v * S::kLanes;
       columns.count[v] = columns.direct ? int(segment.count) : S::kLanes;
-      columns.pair_col[v] = lane, columns.pair_count[v] = int(segment.count);
+      columns.pair_col[v] = columns.pairs ? lane : 0, columns.pair_count[v] = columns.pairs ? int(segment.count) : 0;
     }
   }
 }
@@ -934,6 +934,18 @@ void load_residual(const GatherGemm& op, const TilePixels& tile, int64_t channel
   }
 }
 
+// The residuals of the packed rows from `first` on; zeros for padding rows, since a NaN would stay one in the padding channels of
+// a lane.
+void load_residual_rows(const GatherGemm& op, const TilePixels& tile, int vectors, int64_t first, int b, float* to) {
+  for (int r = 0; r < op.weight->block_o; r++, to += vectors * S::kLanes) {
+    const int64_t channel = op.weight->row_channels[first + r];
+    if (channel >= 0)
+      load_residual(op, tile, channel, b, to);
+    else
+      std::memset(to, 0, vectors * S::kLanes * sizeof(float));
+  }
+}
+
 // Fills acc with the source of a pointwise step.
 void load_rows(const GatherGemm& op, const TilePixels& tile, int vectors, int64_t first, int block_o, int32_t* acc) {
   for (int r = 0; r < block_o; r++) {
@@ -952,7 +964,7 @@ void load_rows(const GatherGemm& op, const TilePixels& tile, int vectors, int64_
   }
 }
 
-// Any epilogue, and steps without weights, while the values are in registers.
+// Any epilogue of an int8 layer, and steps without weights, while the values are in registers.
 struct FinishAll {
   static constexpr bool kGeneral = true;
   static constexpr int kStores = kMaxStores;
@@ -968,10 +980,7 @@ struct FinishAll {
     const int block_o = int(op.weight->block_o), vectors = tile.vectors;
     const int64_t first = row * block_o;
     if (op.source && !tile.source.direct) load_rows(op, tile, vectors, first, block_o, memory->acc);
-    if (op.epilogue.residual && !tile.residual.direct)
-      for (int r = 0; r < block_o; r++)
-        if (op.weight->row_channels[first + r] >= 0)
-          load_residual(op, tile, op.weight->row_channels[first + r], b, memory->residual + r * vectors * S::kLanes);
+    if (op.epilogue.residual && !tile.residual.direct) load_residual_rows(op, tile, vectors, first, b, memory->residual);
   }
 
   template <int R, int V>
@@ -1242,14 +1251,10 @@ class RowFinish {
 
   // At output phase b of the phase row, which has these accumulators: [block_o][vectors][lanes].
   void begin_phase(int b, const int32_t* acc) {
-    const PackedWeight& w = *op_.weight;
-    const int block_o = int(w.block_o);
+    const int block_o = int(op_.weight->block_o);
     rows_.acc = acc;
     rows_.real = memory_->real[b];
-    if (rows_.residual && !tile_.residual.direct)
-      for (int r = 0; r < block_o; r++)
-        if (w.row_channels[rows_.first + r] >= 0)
-          load_residual(op_, tile_, w.row_channels[rows_.first + r], b, memory_->residual + r * vectors_ * S::kLanes);
+    if (rows_.residual && !tile_.residual.direct) load_residual_rows(op_, tile_, vectors_, rows_.first, b, memory_->residual);
     if (b > 0)
       for (int s = 0; s < op_.epilogue.store_count; s++)
         for (int i = 0; i < kMaxR; i++)
@@ -1371,7 +1376,9 @@ RunInRegisters choose_in_registers(const GatherGemm& op, const Split& split, int
       return add ? run_with<FinishSums<Activation::kNone, true>>(op, vectors)
                  : run_with<FinishSums<Activation::kNone, false>>(op, vectors);
     if (e.activation == Activation::kRelu) return run_with<FinishSums<Activation::kRelu, true>>(op, vectors);
-    if (e.activation == Activation::kLeakyRelu) return run_with<FinishSums<Activation::kLeakyRelu, true>>(op, vectors);
+    // A negative slope makes large values of small ones, which an integer may not hold.
+    if (e.activation == Activation::kLeakyRelu && e.slope >= 0)
+      return run_with<FinishSums<Activation::kLeakyRelu, true>>(op, vectors);
   }
   return run_with<FinishAll>(op, vectors);
 }

@@ -89,7 +89,7 @@ class Program {
   // Plans for the shapes of these inputs, unless that was done before. Throws std::invalid_argument for inputs that do not fit.
   std::shared_ptr<const ProgramPlan> plan(const std::vector<InputTensor>& inputs, int threads);
   static const std::vector<OutputShape>& output_shapes(const ProgramPlan& plan);
-  // Bytes of packed activations at their peak.
+  // Bytes of packed activations at their peak; of all of them where they are so few that they share no memory.
   static int64_t bytes(const ProgramPlan& plan);
 
   // outputs: contiguous float32 of output_shapes. Safe to call from several threads at once. The first run of a plan takes memory
