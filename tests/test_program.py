@@ -265,6 +265,37 @@ def test_steps_too_large_for_an_integer_saturate(run, scale, residual):
 
 
 @torch.no_grad()
+def test_large_negative_slopes_saturate(run):
+    conv, last = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 3, 1)
+    slots = (Slot(8, **U8), Slot(8, "u8", 2.0**-6, 0))
+    plain = gemm(conv, 0, Store(1), slot=slots[0], act=Act("leaky_relu", -1e9))
+    step = dataclasses.replace(plain, prescaled=True)
+    program = Program(slots, (entry(0), step, gemm(last, 1, Store(~0), slot=slots[1])), 1, 1)
+    x = torch.randn(1, 8, 4, 40)
+    (y,), (wanted,) = run(program, x), reference(program, [x])
+    assert torch.equal(y, wanted)
+
+
+@torch.no_grad()
+def test_padding_channels_have_no_residual(run):
+    """A NaN that an earlier call left in memory does not come back in the padding half of a bfloat16 pair."""
+
+    def program(channels):
+        slots = (Slot(channels, **U8), *(Slot(channels, format) for format in ("f32", "bf16")))
+        conv, last = nn.Conv2d(channels, channels, 3, 1, 1), nn.Conv2d(channels, 3, 3, 1, 1)
+        steps = (
+            Step("pointwise", ~0, (Store(0), Store(1))),
+            gemm(conv, 0, Store(2), slot=slots[0], residual=1),
+            gemm(last, 2, Store(~0), slot=slots[2]),
+        )
+        return Program(slots, steps, 1, 1)
+
+    run(program(8), torch.full((1, 8, 8, 8), torch.nan))
+    (y,) = run(program(5), torch.randn(1, 5, 8, 8))
+    assert y.isfinite().all()
+
+
+@torch.no_grad()
 @pytest.mark.skipif(bool(ops.extension_error()), reason=str(ops.extension_error()))
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("post", ["none", "relu"])
